@@ -1,0 +1,70 @@
+"""How names and numbers of the result files read on the page."""
+
+import math
+import re
+
+METRIC_NAMES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+}
+_FLOORS = {
+    "floor:majority": "majority class",
+    "floor:colour": "colour statistics",
+    "floor:histogram": "colour histogram",
+    "floor:pixel_pca": "PCA of raw pixels",
+}
+_PROBES = {"knn": "KNN", "logistic": "Logistic regression", "linear": "Linear probe (SGD)"}
+
+
+def encoder_words(name: str) -> str:
+    """'floor:histogram@40px0.25' -> 'colour histogram (40 px, 0.25 µm/px)'; encoders stay as is."""
+    base, _, suffix = name.partition("@")
+    if base.startswith("random:"):
+        words = f"random initialisation, {base.removeprefix('random:')}"
+    elif base.startswith("floor:"):
+        words = _FLOORS.get(base, base.removeprefix("floor:").replace("_", " "))
+    else:
+        return name
+    window = re.fullmatch(r"(\d+)px(\d*\.?\d+)", suffix)
+    if window:
+        return f"{words} ({window[1]} px, {window[2]} µm/px)"
+    return f"{words} ({suffix})" if suffix else words
+
+
+def probe_words(probe: str) -> str:
+    """'knn' -> 'KNN'; a name that is not known stays."""
+    return _PROBES.get(probe, probe)
+
+
+def metric_words(metric: str) -> str:
+    """'f1/tumour' -> 'F1, tumour'."""
+    if metric.startswith("f1/"):
+        return f"F1, {metric[3:]}"
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """0.6123 -> '0.612'; a dash where there is no number."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"  # noqa: RUF001
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Like `number` with its sign, and a true minus."""
+    if not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    return f"{value:+.{digits}f}".replace("-", "−")  # noqa: RUF001
+
+
+def interval(low: float, high: float, *, sign: bool = False) -> str:
+    """'[0.58, 0.64]', or nothing where there is no interval."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    show = signed if sign else number
+    return f"[{show(low)}, {show(high)}]"
+
+
+def listed(parts: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

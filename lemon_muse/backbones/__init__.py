@@ -1,0 +1,80 @@
+"""The table of encoders.
+
+Every backbone is a timm model with recorded arguments, so that what is trained here is loaded by
+timm unchanged. Short names are ViTs for small windows; any other name is looked up in timm.
+"""
+
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field
+from torch import nn
+
+from lemon_muse.backbones.vit import prepare_moco_vit
+from lemon_muse.config import Config
+from lemon_muse.errors import UserError
+
+# MoCo v3's (and LEMON's) ViT-S has 12 heads where timm's and DeiT's has 6: the shapes are the same,
+# the network is not. ViT-Ti follows the same head width of 32; ViT-B has 12 in both.
+VITS: dict[str, tuple[str, int]] = {
+    "vit_tiny": ("vit_tiny_patch16_224", 6),
+    "vit_small": ("vit_small_patch16_224", 12),
+    "vit_base": ("vit_base_patch16_224", 12),
+}
+
+
+class Backbone(Config):
+    """The encoder network."""
+
+    name: str = Field("vit_small", description="vit_tiny, vit_small, vit_base or any timm model name")
+    patch: int = Field(8, gt=0, description="ViT patch side, px; must divide the window")
+    heads: int | None = Field(None, description="ViT attention heads; none = the method's table")
+    pool: Literal["token", "avg"] = Field("token", description="ViT feature: class token or mean of patches")
+    freeze_patch: bool = Field(
+        True, description="ViT: keep the random patch projection fixed (MoCo v3's stability trick)"
+    )
+    sincos: bool = Field(True, description="ViT: fixed 2-D sin-cos positions instead of learnt ones")
+    args: dict[str, Any] = Field({}, description="further timm arguments, e.g. {depth: 4, embed_dim: 192}")
+
+
+def timm_arguments(settings: Backbone, window: int) -> tuple[str, dict[str, Any]]:
+    """The timm architecture and the arguments that make this backbone (JSON-serialisable)."""
+    if settings.name in VITS or settings.name.startswith("vit_"):
+        architecture, heads = VITS.get(settings.name, (settings.name, None))
+        if window % settings.patch:
+            raise UserError(
+                f"backbone.patch={settings.patch} does not divide window={window}; "
+                f"use one of {[p for p in range(2, window + 1) if window % p == 0]}."
+            )
+        chosen: dict[str, Any] = {"img_size": window, "global_pool": settings.pool}
+        if settings.name in VITS or "patch" in settings.model_fields_set:
+            chosen["patch_size"] = settings.patch
+        if settings.heads or heads:
+            chosen["num_heads"] = settings.heads or heads
+        return architecture, {**chosen, **settings.args}
+    return settings.name, dict(settings.args)
+
+
+def build(settings: Backbone, window: int, *, seed: int) -> nn.Module:
+    """A freshly initialised backbone: float [B, 3, window, window] -> [B, num_features].
+
+    Raises:
+        UserError: a name that timm does not know, arguments that do not fit.
+    """
+    architecture, arguments = timm_arguments(settings, window)
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+        raise UserError(
+            f"backbone.name '{settings.name}' is neither {', '.join(VITS)} nor a timm model"
+            + (f"; near names: {', '.join(near)}." if near else ".")
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network = timm.create_model(architecture, num_classes=0, **arguments)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise UserError(f"timm cannot build {architecture} with {arguments}: {error}.") from None
+        if isinstance(network, timm.models.VisionTransformer):
+            prepare_moco_vit(network, freeze_patch=settings.freeze_patch, sincos=settings.sincos)
+    return network

@@ -1,0 +1,147 @@
+"""Read batches of crops from shards by the order, ahead of time, in threads.
+
+Any block is one seek and one read. Reading and decoding release the GIL, so threads are enough:
+nothing is forked, nothing is copied between processes.
+"""
+
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from lemon_muse.data.order import Order, part
+from lemon_muse.data.shards import Index, decode
+from lemon_muse.errors import RunError
+
+
+class BlockReader:
+    """Random access to the blocks of a set; keeps the files open and checks each block once."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._files: dict[int, int] = {}
+        self._checked = np.zeros(len(index.blocks), bool)
+
+    def pixels(self, block: int) -> np.ndarray:
+        """Pixels of a block, uint8 [N, S, S, 3].
+
+        Raises:
+            RunError: the bytes are not what was written.
+        """
+        row = self.index.blocks[block]
+        payload = self._read(block, int(row["offset"]), int(row["length"]), int(row["crc"]))
+        return decode(payload, self.index.encoding, int(row["count"]), self.index.size)
+
+    def columns(self, block: int) -> dict[str, np.ndarray]:
+        """The metadata columns of a block."""
+        row = self.index.blocks[block]
+        self._checked[block] = False
+        payload = self._read(block, int(row["meta_offset"]), int(row["meta_length"]), int(row["meta_crc"]))
+        with np.load(io.BytesIO(payload), allow_pickle=False) as members:
+            return dict(members)
+
+    def describe(self, samples: np.ndarray) -> list[str]:
+        """'slide (x, y)' of global sample numbers: for messages."""
+        blocks, rows = self.index.locate(np.asarray(samples))
+        out = []
+        for block, row in zip(blocks, rows, strict=True):
+            c = self.columns(int(block))
+            out.append(f"{c['slide'][row]} ({c['x'][row]:.0f}, {c['y'][row]:.0f})")
+        return out
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _read(self, block: int, offset: int, length: int, crc: int) -> bytearray:
+        shard = int(self.index.blocks[block]["shard"])
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files.setdefault(shard, os.open(self.index.shard(shard), os.O_RDONLY))
+        payload = bytearray(length)
+        got = os.preadv(file, [payload], offset)
+        if got != length or (not self._checked[block] and zlib.crc32(payload) != crc):
+            raise RunError(
+                f"block {block} of {self.index.shard(shard)} has changed since it was written (checksum); "
+                f"'lemon-muse prep check data={self.index.folder}' lists what is damaged."
+            )
+        self._checked[block] = True
+        return payload
+
+
+class CropBatches:
+    """Iterate over a rank's part of the batches, from any step, read ahead in threads.
+
+    Args:
+        index: of the set.
+        seed: of the order.
+        batch: global batch size.
+        window: blocks shuffled together (memory per rank: about window / world blocks).
+        rank, world: which part.
+        workers: reading threads; 0 reads when asked.
+    """
+
+    def __init__(
+        self, index: Index, *, seed: int, batch: int, window: int, rank: int, world: int, workers: int
+    ) -> None:
+        self.index = index
+        self.reader = BlockReader(index)
+        self.order = Order(index.blocks["count"], seed, batch, window)
+        self.part = part(batch, rank, world)
+        self.workers = workers
+        self._blocks: dict[int, Future[np.ndarray] | np.ndarray] = {}
+
+    def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
+        """{'pixels': uint8 [b, S, S, 3], 'samples': int64 [b]} of this rank at a step."""
+        block, row = self.order.batch_at(step)
+        block, row = block[self.part], row[self.part]
+        needed, first, count = np.unique(block, return_index=True, return_counts=True)
+        blocks = self._fetch(needed, pool)
+        size = self.index.size
+        pixels = np.empty((len(block), size, size, 3), np.uint8)
+        for b, start, n in zip(needed, first, count, strict=True):
+            np.take(blocks[int(b)], row[start : start + n], axis=0, out=pixels[start : start + n])
+        return {"pixels": pixels, "samples": self.index.starts[block] + row}
+
+    def iterate(self, start: int, stop: int, *, depth: int = 3) -> Iterator[dict[str, Any]]:
+        """Batches of the steps [start, stop), `depth` of them prepared ahead."""
+        if self.workers == 0:
+            for step in range(start, stop):
+                yield self.batch_at(step)
+            return
+        with (
+            ThreadPoolExecutor(self.workers, "read") as readers,
+            ThreadPoolExecutor(1, "batch") as maker,
+        ):
+            ahead: list[Future[dict[str, Any]]] = []
+            try:
+                for step in range(start, stop):
+                    while len(ahead) < depth and step + len(ahead) < stop:
+                        ahead.append(maker.submit(self.batch_at, step + len(ahead), readers))
+                    yield ahead.pop(0).result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _fetch(self, needed: np.ndarray, pool: ThreadPoolExecutor | None) -> dict[int, np.ndarray]:
+        """The needed blocks; those of the step before that are no longer needed are let go."""
+        wanted = {int(b) for b in needed}
+        # A block stays while its window lasts: about every step of a window needs all its blocks.
+        limit = max(2 * self.order.window, len(wanted))
+        if len(self._blocks) + len(wanted - self._blocks.keys()) > limit:
+            self._blocks = {b: p for b, p in self._blocks.items() if b in wanted}
+        for b in wanted - self._blocks.keys():
+            self._blocks[b] = pool.submit(self.reader.pixels, b) if pool else self.reader.pixels(b)
+        out = {}
+        for b in wanted:
+            got = self._blocks[b]
+            if isinstance(got, Future):
+                got = self._blocks[b] = got.result()
+            out[b] = got
+        return out
+

@@ -1,0 +1,29 @@
+"""Signals that end a run in good order."""
+
+import signal
+from types import FrameType
+
+
+class Stop:
+    """Turns SIGTERM, SIGUSR2 and Ctrl-C into a wish that the loop grants between two steps."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.wanted, self.name = False, ""
+
+    def __enter__(self) -> "Stop":
+        try:
+            self.before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        except ValueError:  # not the main thread (tests): signals stay as they are
+            self.before = {}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted, self.name = True, signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

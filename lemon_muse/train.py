@@ -1,0 +1,293 @@
+"""The one training loop: it moves a batch, calls the method, steps, logs, saves; it knows no method.
+
+Everything that depends on chance is a function of (seed, step): the order of samples, the views,
+the generators of the process. A checkpoint is therefore weights, optimiser and step; resuming gives
+bit-identical results on the CPU, on any number of ranks the same samples and views.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir
+from lemon_muse.data.order import part
+from lemon_muse.data.reader import CropBatches
+from lemon_muse.data.shards import Index, open_index
+from lemon_muse.encoder import Encoder, save_encoder
+from lemon_muse.errors import RunError
+from lemon_muse.methods import METHODS
+from lemon_muse.methods.contract import Method
+from lemon_muse.monitor import Clock, Monitor
+from lemon_muse.recipe import FREE, Train, check, setting
+from lemon_muse.stop import Stop
+
+Probe = Callable[[Encoder], dict[str, float]]
+
+def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None = None) -> Path:
+    """Train, and write the encoder folder.
+
+    Args:
+        cfg: settings.
+        probe: called with the encoder every `cfg.probe.every` steps; its numbers are logged.
+        card: further entries of the model card.
+
+    Returns:
+        The encoder's folder, `out/encoder`.
+
+    Raises:
+        UserError: data or settings do not fit.
+        RunError: non-finite loss, collapse (if so configured), a signal to stop.
+    """
+    with distributed.process_group(cfg.device) as device, Stop() as stop:
+        index = open_index(cfg.data)
+        check(cfg, index)
+        if distributed.rank() == 0:
+            rundir.open_run(cfg.out, cfg, free=FREE)
+        distributed.barrier()
+        loop = Loop(cfg, index, device, probe)
+        loop.resume()
+        try:
+            loop.train(stop)
+        finally:
+            loop.monitor.close()
+        return loop.export(card or {})
+
+
+class Loop:
+    """State of a run: method, optimiser, step."""
+
+    def __init__(
+        self, cfg: Train, index: Index, device: torch.device, probe: Probe | None
+    ) -> None:
+        self.cfg, self.index, self.device, self.probe = cfg, index, device, probe
+        self.step = 0
+        self.setting = setting(cfg, index)
+        method = METHODS[cfg.method.name][1](cfg.method, self.setting)
+        self.method: Method = distributed.sync_batch_norm(method, device).to(device)  # type: ignore[assignment]
+        self.optimiser = optim.build(self.method.param_groups(), cfg.optim)
+        self.batches = CropBatches(
+            index,
+            seed=cfg.seed,
+            batch=cfg.batch,
+            window=cfg.shuffle_blocks,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            workers=cfg.workers,
+        )
+        self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        self.flops, self.peak = 0.0, 1.0
+
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint, if there is one."""
+        found = checkpoint.load_newest(self.cfg.out / "checkpoints")
+        self.step = 0
+        if found is not None:
+            self.step, state = found
+            self.method.load_state_dict(state["method"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        steps = distributed.objects_of_ranks(self.step)
+        if len(set(steps)) > 1:
+            raise RunError(f"ranks found checkpoints of different steps {steps}; is out= on a shared disk?")
+        self.monitor = Monitor(
+            self.cfg.out, first=self.step, steps=self.cfg.steps, active=distributed.rank() == 0
+        )
+        if self.step:
+            self.monitor.say(f"continuing {self.cfg.out} from step {self.step}")
+
+    def save(self) -> None:
+        """Write a checkpoint (rank 0); the others wait."""
+        if distributed.rank() == 0:
+            state = {
+                "method": self.method.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "seed": self.cfg.seed,
+                "version": rundir.__version__,
+            }
+            checkpoint.save(self.cfg.out / "checkpoints", self.step, state, keep=self.cfg.keep)
+        distributed.barrier()
+
+    def train(self, stop: Stop) -> None:
+        """Steps from `self.step` to the end."""
+        cfg = self.cfg
+        self.monitor.say(
+            f"{self.index.count} nuclei in {len(self.index.blocks)} blocks; {cfg.steps} steps of "
+            f"{cfg.batch} on {distributed.world()} × {self.device.type}; chance-level loss "
+            f"{self.method.chance():.3f}"
+        )
+        runner = self._runner()
+        clock = Clock()
+        for batch in self.batches.iterate(self.step, cfg.steps):
+            clock.got_data()
+            if self.flops == 0:
+                self._count_flops(batch)
+            result = self._one_step(runner, batch, stop)
+            self.step += 1
+            clock.worked(cfg.batch)
+            self.monitor.step(self.step - 1)
+            self._report(result, clock)
+            if self.step % cfg.save_every == 0 and self.step < cfg.steps:
+                self.save()
+            clock.start_waiting()
+        self.save()
+
+    def _runner(self) -> Callable[..., dict[str, torch.Tensor]]:
+        runner: nn.Module = self.method
+        if self.cfg.compile:
+            # Only the networks: views have data-dependent branches that are not worth a graph.
+            for module in self.method.modules():
+                if module is not self.method and hasattr(module, "forward_features"):
+                    module.compile()
+        if distributed.world() > 1:
+            where = [self.device] if self.device.type == "cuda" else None
+            # Buffers (BN statistics of SyncBN) are equal on all ranks by construction.
+            runner = DistributedDataParallel(self.method, device_ids=where, broadcast_buffers=False)
+        return runner
+
+    def _one_step(
+        self, runner: Callable[..., dict[str, torch.Tensor]], batch: dict[str, Any], stop: Stop
+    ) -> dict[str, float]:
+        """Forward, backward, guard, optimiser, EMA. Returns scalars (and keeps features for later)."""
+        cfg, step = self.cfg, self.step
+        # Whatever draws from the global generators (drop-path) is a function of the step as well.
+        torch.manual_seed(_mix(cfg.seed, step, distributed.rank()))
+        rate = cfg.optim.rate(step, cfg.steps, cfg.batch)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.method.train()
+        loss = torch.zeros((), device=self.device)
+        for number, micro in enumerate(self._parts(batch)):
+            last = number == cfg.accumulate - 1
+            quiet = nullcontext() if last or distributed.world() == 1 else runner.no_sync()  # type: ignore[attr-defined]
+            with quiet:
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    out = runner(micro, step)
+                (out["loss"] / cfg.accumulate).backward()
+            loss += out["loss"].detach().float() / cfg.accumulate
+        bad, signalled = distributed.agree([not bool(loss.isfinite()), stop.wanted], self.device)
+        if bad:
+            self._not_finite(loss, batch)
+        norm = self._clip()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        logged = self.method.after_step(step)
+        self.features = out["features"]
+        self.loss = distributed.mean_over_ranks(loss.clone())
+        if signalled:
+            self.step += 1
+            self.save()
+            raise RunError(
+                f"stopped by {stop.name} at step {self.step}; everything is saved in {cfg.out}, run the "
+                f"same words to go on."
+            )
+        return {"lr": rate, **logged, **norm}
+
+    def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rank's batch on the device, with its rows of the global views, in accumulation parts."""
+        cfg, world = self.cfg, distributed.world()
+        pixels = torch.from_numpy(batch["pixels"])
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        generator = torch.Generator().manual_seed(_mix(cfg.seed, self.step, 1 << 20))
+        views = self.method.draw(cfg.batch, generator)
+        rows = part(cfg.batch, distributed.rank(), world)
+        mine = [{k: v[rows] for k, v in view.items()} for view in views]
+        each = len(pixels) // cfg.accumulate
+        cuts = [slice(i * each, (i + 1) * each) for i in range(cfg.accumulate)]
+        return [
+            {"pixels": pixels[c], "views": [{k: v[c] for k, v in view.items()} for view in mine]}
+            for c in cuts
+        ]
+
+    def _count_flops(self, batch: dict[str, Any]) -> None:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            self.flops = flops.of_step(self.method, self._parts(batch)[0])
+        self.peak = flops.peak(self.device, self.dtype)
+
+    def _clip(self) -> dict[str, float]:
+        if not self.cfg.optim.clip:
+            return {}
+        parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
+        return {"grad_norm": float(nn.utils.clip_grad_norm_(parameters, self.cfg.optim.clip))}
+
+    def _not_finite(self, loss: torch.Tensor, batch: dict[str, Any]) -> None:
+        """Stop before the optimiser touches the weights, and say where it came from."""
+        mine = None if bool(loss.isfinite()) else self.batches.reader.describe(batch["samples"][:3])
+        named = {r: who for r, who in enumerate(distributed.objects_of_ranks(mine)) if who}
+        raise RunError(
+            f"the loss is not finite at step {self.step} on rank(s) {sorted(named)}; first samples of "
+            f"that batch: {'; '.join(f'rank {r}: ' + ', '.join(w) for r, w in named.items())}. The "
+            f"weights were not touched: the last checkpoint is good. Lower optim.lr, set optim.clip=1, "
+            f"or use precision=fp32."
+        )
+
+    def _report(self, values: dict[str, float], clock: Clock) -> None:
+        """Log every few steps: health, throughput, data wait, MFU; run the online probe."""
+        cfg = self.cfg
+        probed = self.probe is not None and (
+            self.step % cfg.probe.every == 0 or self.step in (1, cfg.steps)
+        )
+        if self.step % cfg.watch.every and self.step not in (1, cfg.steps) and not probed:
+            return
+        loss, chance = float(self.loss), self.method.chance()
+        health = collapse.measure(self.features)
+        values = {"loss": loss, "chance": chance, **values, **health, **clock.rates()}
+        if self.flops:
+            values["mfu"] = values["crops_per_s"] * self.flops / self.peak / distributed.world()
+        if probed and distributed.rank() == 0:
+            assert self.probe is not None
+            encoder = self.method.encoder()
+            was_training = encoder.training
+            encoder.eval()
+            values.update(self.probe(encoder))
+            encoder.train(was_training)
+        self.monitor.log(self.step, values)
+        clock.reset()
+        self._judge(health, loss, chance)
+
+    def _judge(self, health: dict[str, float], loss: float, chance: float) -> None:
+        if self.cfg.watch.collapse == "off":
+            return
+        sentence = collapse.diagnose(
+            health,
+            loss=loss,
+            chance=chance,
+            step=self.step,
+            steps=self.cfg.steps,
+            dim=self.features.shape[1],
+        )
+        hit = distributed.agree([sentence is not None], self.device)[0]
+        if hit and self.cfg.watch.collapse == "stop":
+            self.save()
+            raise RunError(f"step {self.step}: {sentence or 'another rank reports collapse'}")
+        if sentence:
+            self.monitor.say(f"WARNING step {self.step}: {sentence}")
+
+    def export(self, card: dict[str, Any]) -> Path:
+        """Write `out/encoder` (rank 0)."""
+        folder = self.cfg.out / "encoder"
+        if distributed.rank() == 0:
+            encoder = self.method.encoder()
+            encoder.name = self.cfg.name
+            about = {
+                "Recipe": self.cfg.model_dump(mode="json"),
+                "Data": f"{self.index.count} nuclei of {len(self.index.header['slides'])} slides, "
+                f"{self.cfg.steps} steps of {self.cfg.batch} crops.",
+                "Code": f"lemon_muse {rundir.__version__}, git {rundir.git_state()}",
+                **card,
+            }
+            save_encoder(encoder, folder, card=about)
+        distributed.barrier()
+        return folder
+
+
+def _mix(seed: int, step: int, salt: int) -> int:
+    """One generator seed of three numbers (splitmix64 rounds; consecutive steps are unrelated)."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + salt * 0x94D049BB133111EB) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return (value ^ (value >> 31)) % 2**63
