@@ -1,6 +1,6 @@
 """Intervals and paired comparisons that resample PATIENTS, not nuclei.
 
-Nuclei of one patient resemble each other, so resampling nuclei would give intervals several times too
+Nuclei of one patient resemble each other, so resampling nuclei would give intervals that are far too
 narrow. Patients are drawn with replacement; all nuclei of a drawn patient come along. A class that
 is absent from a draw is left out of that draw's mean (see `eval.metrics`).
 """
@@ -52,8 +52,8 @@ def intervals(
         patient: [n], any type; the unit that is resampled.
 
     Returns:
-        accuracy, balanced_accuracy, macro_f1, auroc (macro one-vs-rest) and f1/<class> for each class
-        that has a true nucleus.
+        accuracy, balanced_accuracy, macro_f1, auroc (macro one-vs-rest) and f1/<class> for each
+        class that has a true nucleus.
     """
     names, owner = np.unique(patient, return_inverse=True)
     weights = draw_counts(len(names), draws=draws, seed=seed)
@@ -121,7 +121,12 @@ def paired_difference(
 
 
 def _resampled(
-    labels: np.ndarray, predicted: np.ndarray, owner: np.ndarray, weights: np.ndarray, *, classes: int
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    owner: np.ndarray,
+    weights: np.ndarray,
+    *,
+    classes: int,
 ) -> np.ndarray:
     """Confusions float64 [R, K, K] of weighted patients: one product instead of R passes."""
     cells = classes * classes

@@ -5,8 +5,8 @@ three or more classes. (For two classes scikit-learn penalises one weight vector
 here two, so that C here equals 2 C there.)
 
 One product of the features with the weights of every C costs little more than with one C, and the
-Gram matrix of the features bounds the Hessian of each C from above (Böhning 1992), which makes L-BFGS
-converge in tens of iterations instead of hundreds.
+Gram matrix of the features bounds the Hessian of each C from above (Böhning 1992), which makes
+L-BFGS converge in tens of iterations instead of hundreds.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,8 @@ HISTORY = 10
 CHUNK = 8192
 
 
-def standardise(
-    train: np.ndarray, *others: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Centre and scale columns by mean and standard deviation of `train`; constant columns become 0."""
+def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Centre and scale columns by mean and std of `train`; constant columns become 0."""
     mean = train.mean(0, dtype=np.float64)
     std = train.std(0, dtype=np.float64)
     # A constant column keeps rounding noise as its std: dividing by it would blow noise up to 1.
@@ -63,8 +61,8 @@ def fit(
     Args:
         features: float [n, d], standardised.
         labels: int [n], 0 … classes-1.
-        grid: values of C, A of them (scikit-learn's meaning: inverse strength on the *sum* of losses).
-        start: weights [A, d + 1, K] to start from; zeros when None. The optimum does not depend on it.
+        grid: A values of C as in scikit-learn: inverse strength against the *sum* of losses.
+        start: weights [A, d + 1, K] to start from, zeros when None; the optimum is the same.
         tolerance: a C has converged when no entry of the gradient of its mean loss is larger.
         iterations: at most so many for each C.
 
@@ -136,7 +134,7 @@ class _Problem:
         return inverse.transpose(1, 2) @ (inverse @ g)
 
     def evaluate(self, w: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss float64 [a] and gradient float32 [a, D, K] of weights [a, D, K] of `which` Cs."""
+        """Mean loss float64 [a] and gradient float32 [a, D, K] at weights of `which` Cs."""
         count, width, k = w.shape
         flat = w.permute(1, 0, 2).reshape(width, count * k).contiguous()
         total = torch.zeros(count, dtype=torch.float64, device=w.device)

@@ -2,7 +2,7 @@
 
 Every function takes confusions with any number of leading axes: [..., K, K], row = truth.
 A class without a true nucleus has no recall and no F1: it is left out of the mean of that matrix.
-(scikit-learn counts a class that is only predicted as F1 = 0; with every class present the two agree.)
+scikit-learn counts a class that is only predicted as F1 = 0; with every class present both agree.
 """
 
 import numpy as np
@@ -75,7 +75,7 @@ def auroc_pairs(
 
 
 def macro_auroc(won: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean one-vs-rest AUROC, [R], for patient weights [R, P]; classes without both sides drop out."""
+    """Mean one-vs-rest AUROC [R] for patient weights [R, P]; a class without both sides drops out."""
     values = []
     for k in range(len(won)):
         wins = np.einsum("rp,rp->r", weights @ won[k], weights)

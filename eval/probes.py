@@ -1,7 +1,7 @@
-"""The three probes of frozen features: k nearest neighbours, logistic regression, MUSE's linear layer.
+"""The probes of frozen features: nearest neighbours, logistic regression, MUSE's linear layer.
 
-Each takes features and labels of train, val and test and returns class scores of val and test. All fit on
-train alone, so they see the same data; val serves to choose k and the epoch, and is never fitted on.
+Each takes features and labels of train, val and test and returns class scores of val and test. All
+fit on train alone, so they see the same data; val serves to choose k and the epoch.
 `protocol='muse'` is the published evaluation (alibaba-damo-academy/MUSE, linear_knn_eval.py), which
 chooses k on the test set: its figures are optimistic and serve only for comparison.
 """
@@ -62,9 +62,9 @@ def knn(
 ) -> Outcome:
     """Cosine nearest neighbours with votes exp(similarity / 0.07).
 
-    k is chosen on val by balanced accuracy (ties: the smaller k), or with protocol='muse' on TEST by
-    accuracy. Values of `grid` above the number of training nuclei count as that number. `seed` and
-    `device` are not used: the search is exact.
+    k is chosen on val by balanced accuracy (ties: the smaller k), or with protocol='muse' on TEST
+    by accuracy. Values of `grid` above the number of training nuclei count as that number. `seed`
+    and `device` are not used: the search is exact.
     """
     del seed, device
     muse = protocol == "muse"
@@ -139,7 +139,7 @@ def logistic(
     """Balanced L2 multinomial regression on standardised features.
 
     C is chosen by cross-validation inside train: folds grouped by patient and stratified by class,
-    features standardised in each fold, balanced accuracy over the pooled held-out predictions (ties:
+    features standardised in each fold, balanced accuracy of the pooled held-out predictions (ties:
     the smaller C). The final fit is on train alone.
     """
     c, scheme = choose_c(train, classes=classes, grid=grid, folds=folds, seed=seed, device=device)
@@ -175,7 +175,7 @@ def choose_c(
 def patient_folds(
     labels: np.ndarray, patient: np.ndarray, *, folds: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(fit rows, held-out rows) of each fold; no patient on both sides; [] with a single patient."""
+    """(fit rows, held-out rows) of each fold, disjoint by patient; [] with a single patient."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     count = min(folds, len(np.unique(patient)))
@@ -203,7 +203,7 @@ def linear(
     seed: int = 0,
     device: str = "cpu",
 ) -> Outcome:
-    """MUSE's linear probe: one layer on raw features, SGD, best epoch by val accuracy (ties: later).
+    """MUSE's linear probe: a layer on raw features, SGD, best epoch by val accuracy (ties: later).
 
     Weights N(0, 0.01), bias 0, momentum 0.9, no weight decay, cosine to 0 over `epochs`, shuffled
     batches without the ragged last one. A train split smaller than `batch` is one batch.

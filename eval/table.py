@@ -13,7 +13,7 @@ from lemon_muse.data import geometry
 from lemon_muse.errors import UserError
 
 SPLITS = ("train", "val", "test")
-# Bytes of an image that enter the table's hash: enough to notice an exchanged file, cheap on slides.
+# Bytes of an image that enter the table's hash: enough to notice an exchanged file, and cheap.
 HASHED_BYTES = 65536
 
 
@@ -164,7 +164,7 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"the image {path} is missing; fetch the data set again.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"the image {path} does not decode ({error}); fetch it again or take it out of the data."
+            f"the image {path} does not decode ({error}); fetch it again or leave it out."
         ) from None
 
 
@@ -177,5 +177,5 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.size
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"the image {path} does not decode ({error}); fetch it again or take it out of the data."
+            f"the image {path} does not decode ({error}); fetch it again or leave it out."
         ) from None

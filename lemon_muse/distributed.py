@@ -158,6 +158,8 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
                 track_running_stats=child.track_running_stats,
             )
             new.load_state_dict(child.state_dict())
+            for copied, own in zip(new.parameters(), child.parameters(), strict=True):
+                copied.requires_grad_(own.requires_grad)  # a momentum copy stays frozen
             # timm fuses an activation into its batch norm; keep what follows the normalisation.
             after = [getattr(child, n) for n in ("drop", "act") if hasattr(child, n)]
             setattr(module, name, nn.Sequential(new, *after) if after else new)

@@ -1,4 +1,4 @@
-"""Dataset-BRCA-M2C: nuclei of breast cancer as points in three classes (Abousamra et al., ICCV 2021).
+"""Dataset-BRCA-M2C: breast cancer nuclei as points in three classes (Abousamra, ICCV 2021).
 
 Layout as published at github.com/TopoXLab/Dataset-BRCA-M2C::
 
@@ -60,8 +60,8 @@ class BrcaM2C:
             total = sum(map(len, lists.values()))
             if len(missing) == total:
                 raise UserError(
-                    f"none of the {total} images that the split lists name is in {root / 'images'}; "
-                    f"the first is {missing[0]}.png: put the images there."
+                    f"none of the {total} images that the split lists name is in "
+                    f"{root / 'images'}; the first is {missing[0]}.png: put the images there."
                 )
             log.warning(
                 "%d of %d listed images are not in %s and are left out, the first is %s.png",
@@ -93,8 +93,8 @@ class BrcaM2C:
             found = tuple(np.bincount(label, minlength=len(self.classes)).tolist())
             if len(here) != images or found != nuclei:
                 said.append(
-                    f"{split} has {len(here)} images with {_listed(self.classes, found)}; published "
-                    f"are {images} images with {_listed(self.classes, nuclei)}."
+                    f"{split} has {len(here)} images with {_listed(self.classes, found)}; "
+                    f"published are {images} images with {_listed(self.classes, nuclei)}."
                 )
         named = {name for names in lists.values() for name in names}
         lacking = sorted(name for name in named if not _image(root, name).is_file())
@@ -181,7 +181,9 @@ def _read_labels(root: Path, name: str) -> np.ndarray:
     """int64 [n, 3]: row, column, class 1..3, every point inside the image."""
     path = root / "labels" / f"{name}{LABEL_SUFFIX}"
     if not path.is_file():
-        raise UserError(f"the label file {path} is missing; fetch it or take {name}.png off the list.")
+        raise UserError(
+            f"the label file {path} is missing; fetch it or take {name}.png off the list."
+        )
     width, height = image_size(_image(root, name))
     points = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):

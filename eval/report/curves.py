@@ -13,7 +13,12 @@ _MOST_POINTS = 1500
 # title, what the y axis says, keys (the first is drawn boldly), scale of the values
 _PANELS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
     ("Loss", "", ("loss",), 1),
-    ("Online KNN on held-out patients", "", ("probe/knn_balanced_accuracy", "probe/knn_macro_f1"), 1),
+    (
+        "Online KNN on held-out patients",
+        "",
+        ("probe/knn_balanced_accuracy", "probe/knn_macro_f1"),
+        1,
+    ),
     ("Feature standard deviation", "", ("feature_std",), 1),
     ("Effective rank of the features", "dimensions", ("effective_rank",), 1),
     ("Uniformity", "lower = more evenly spread", ("uniformity",), 1),

@@ -149,7 +149,9 @@ def read_gallery(path: Path, *, limit: int | None = None, seed: int = 0) -> Gall
                 mpp=float(file["mpp"]) if "mpp" in file else math.nan,
             )
     except Exception as error:  # a damaged zip raises many kinds
-        raise UserError(f"{path} is not a gallery ({error}); run 'lemon-muse eval' again.") from None
+        raise UserError(
+            f"{path} is not a gallery ({error}); run 'lemon-muse eval' again."
+        ) from None
     problem = _problem(gallery)
     if problem:
         raise UserError(f"{path}: {problem}; run 'lemon-muse eval' again.")

@@ -112,7 +112,7 @@ def read_results(path: Path) -> list[Row]:
                 f"{where}: not readable as JSON ({error.msg}); mend or delete the line."
             ) from None
         if not isinstance(tree, dict):
-            raise UserError(f"{where}: a row must be an object like {{\"benchmark\": …}}.")
+            raise UserError(f'{where}: a row must be an object like {{"benchmark": …}}.')
         rows.append(_row(tree, where, path))
     if not rows:
         raise UserError(f"{path} holds no rows; run 'lemon-muse eval' first.")

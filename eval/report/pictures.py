@@ -13,7 +13,6 @@ from eval.report.style import (
     WIDTH,
     Picture,
     canvas,
-    class_colour,
     drawn,
     short,
 )
@@ -40,12 +39,11 @@ def dots_and_whiskers(board: Board, name: str) -> Picture | None:
     rows = [n for n in board.names if any(n in board.present(p) for p in probes)]
     height = 60 + len(metrics) * (46 + 21 * len(rows))
     with canvas(WIDTH, height) as figure:
-        grid = figure.subplots(
-            len(metrics), len(probes), sharey=True, sharex="row", squeeze=False
-        )
+        grid = figure.subplots(len(metrics), len(probes), sharex="row", squeeze=False)
         for line, metric in zip(grid, metrics, strict=True):
             for ax, probe in zip(line, probes, strict=True):
                 _whisker_panel(ax, board, rows, probe, metric)
+                _name_rows(ax, board, rows if ax is line[0] else [])
         for ax, probe in zip(grid[0], probes, strict=True):
             ax.set_title(probe_words(probe))
         return drawn(
@@ -68,14 +66,17 @@ def _whisker_panel(ax: Any, board: Board, rows: list[str], probe: str, metric: s
     if floor:
         value = board.cells[floor, probe, metric].value
         ax.axvline(value, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=0)
-    ax.set_yticks(range(len(rows)), [short(encoder_words(n), 34) for n in rows])
-    for label, name in zip(ax.get_yticklabels(), rows, strict=True):
-        label.set_color(INK if name in board.encoders else MUTED)
-        label.set_fontweight("bold" if name == board.encoders[:1] else "normal")
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel(METRIC_NAMES[metric])
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
+
+
+def _name_rows(ax: Any, board: Board, rows: list[str]) -> None:
+    ax.set_yticks(range(len(rows)), [short(encoder_words(n), 34) for n in rows])
+    for tick, name in zip(ax.yaxis.get_major_ticks(), rows, strict=True):
+        tick.label1.set_color(INK if name in board.encoders else MUTED)
+        tick.label1.set_fontweight("bold" if [name] == board.encoders[:1] else "normal")
 
 
 def class_f1(board: Board, name: str) -> Picture | None:
@@ -108,7 +109,7 @@ def _class_line(ax: Any, board: Board, y: int, probe: str, cls: str) -> None:
     row = board.cells.get((board.encoders[0], probe, f"f1/{cls}"))
     if row is None:
         return
-    colour = class_colour(y)
+    colour = board.colours[cls]
     ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.4, alpha=0.75)
     ax.plot(row.value, y, "o", color=colour, ms=6.5, mec="white", mew=0.8)
 

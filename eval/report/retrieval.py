@@ -67,7 +67,9 @@ def retrieve(gallery: Gallery, k: int) -> Retrieval | None:
     return Retrieval(queries, found, same, counts / len(base), len(shared))
 
 
-def choose_queries(gallery: Gallery, result: Retrieval, *, each: int, seed: int) -> dict[int, list[int]]:
+def choose_queries(
+    gallery: Gallery, result: Retrieval, *, each: int, seed: int
+) -> dict[int, list[int]]:
     """Per class, positions in `result.queries` of a random draw: not the prettiest, any."""
     rng = np.random.default_rng(seed)
     chosen = {}

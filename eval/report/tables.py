@@ -7,6 +7,7 @@ import numpy as np
 
 from eval.bootstrap import paired_difference
 from eval.report.inputs import Predictions, Row, predictions_file, read_predictions
+from eval.report.style import class_colour
 
 METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc")
 PAIRED = ("balanced_accuracy", "macro_f1")
@@ -49,6 +50,7 @@ class Board:
     floors: list[str]
     probes: list[str]
     classes: list[str]
+    colours: dict[str, str]
     cells: dict[tuple[str, str, str], Row]
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
@@ -82,8 +84,17 @@ class Board:
         )
 
 
-def boards(rows: list[Row], *, foreground: str, resamples: int, seed: int) -> list[Board]:
-    """Group rows by benchmark, task, protocol and split; add predictions and paired differences."""
+def boards(
+    rows: list[Row], *, foreground: str, classes: list[str], resamples: int, seed: int
+) -> list[Board]:
+    """Group rows by benchmark, task, protocol and split; add predictions and paired differences.
+
+    Args:
+        foreground: name (see `name_of`) of the encoder that comes first.
+        classes: names whose colours are given by their place; names of the rows follow.
+    """
+    order = _unique([*classes, *(r.metric[3:] for r in rows if r.metric.startswith("f1/"))])
+    colours = {name: class_colour(i) for i, name in enumerate(order)}
     names = _unique_names(rows)
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
@@ -97,9 +108,10 @@ def boards(rows: list[Row], *, foreground: str, resamples: int, seed: int) -> li
         floors.sort(key=_floor_rank)
         probes = _unique(r.probe for r in members)
         probes.sort(key=lambda p: _PROBES.index(p) if p in _PROBES else len(_PROBES))
-        classes = _unique(r.metric[3:] for r in members if r.metric.startswith("f1/"))
+        here = {r.metric[3:] for r in members if r.metric.startswith("f1/")}
         cells = {(label[r.encoder, r.encoder_hash], r.probe, r.metric): r for r in members}
-        board = Board(*key, encoders, floors, probes, classes, cells)
+        mine = [name for name in order if name in here]
+        board = Board(*key, encoders, floors, probes, mine, colours, cells)
         _add_predictions(board)
         _add_differences(board, resamples=resamples, seed=seed)
         out.append(board)

@@ -3,6 +3,8 @@
 import math
 import re
 
+TIMES, DASH, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
+
 METRIC_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro-F1",
@@ -47,14 +49,14 @@ def metric_words(metric: str) -> str:
 
 def number(value: float, digits: int = 3) -> str:
     """0.6123 -> '0.612'; a dash where there is no number."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"  # noqa: RUF001
+    return f"{value:.{digits}f}" if math.isfinite(value) else DASH
 
 
 def signed(value: float, digits: int = 3) -> str:
     """Like `number` with its sign, and a true minus."""
     if not math.isfinite(value):
-        return "–"  # noqa: RUF001
-    return f"{value:+.{digits}f}".replace("-", "−")  # noqa: RUF001
+        return DASH
+    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def interval(low: float, high: float, *, sign: bool = False) -> str:

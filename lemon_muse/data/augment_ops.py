@@ -88,15 +88,15 @@ def recolour(view: torch.Tensor, pixel: torch.Tensor, mean: torch.Tensor) -> tor
 
     Args:
         view: float32 [B, 3, h, w] in 0..255.
-        pixel: float32 [B, 3, 3] of `colour_matrices`, divided by 255.
-        mean: float32 [B, 3, 3] of `colour_matrices`, divided by 255.
+        pixel: float32 [B, 3, 3], P of `colour_matrices`.
+        mean: float32 [B, 3, 3], Q of `colour_matrices`.
 
     Returns:
         float32 [B, 3, h, w] in 0..1.
     """
     flat = view.flatten(2)
-    summand = torch.bmm(mean, flat.mean(2, keepdim=True))
-    return torch.baddbmm(summand, pixel, flat).clamp_(0, 1).view(view.shape)
+    summand = torch.bmm(mean / 255, flat.mean(2, keepdim=True))
+    return torch.baddbmm(summand, pixel / 255, flat).clamp_(0, 1).view(view.shape)
 
 
 def colour_matrices(
@@ -202,6 +202,34 @@ def keep_mask(box: torch.Tensor, side: int) -> torch.Tensor:
     row = (at >= box[:, :1]) & (at < box[:, 1:2])
     column = (at >= box[:, 2:3]) & (at < box[:, 3:])
     return 1 - row[:, None, :, None].float() * column[:, None, None, :].float()
+
+
+@functools.cache
+def normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and summand, float32 [3, 1, 1], that normalise pixels in 0..1."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std} must be three numbers each, std above 0")
+    factor = 1 / torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
+    summand = -torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) * factor
+    return factor.float().to(device), summand.float().to(device)
+
+
+def to_device(params: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """All parameters on the device, by one transfer that does not make the CPU wait."""
+    if all(value.device == device for value in params.values()):
+        return params
+    count = len(params["theta"])
+    packed = torch.cat([value.reshape(count, -1).float() for value in params.values()], 1)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    widths = [value[:1].numel() for value in params.values()]
+    columns = packed.to(device, non_blocking=True).split(widths, 1)
+    return {
+        name: column.reshape(value.shape).to(value.dtype)
+        for (name, value), column in zip(params.items(), columns, strict=True)
+    }
 
 
 def _area_and_ratio(

@@ -1,7 +1,15 @@
 """Generated H&E tissue: hematoxylin and eosin through Beer-Lambert, with every nucleus known.
 
-`tissue` draws a field, `write_images` a folder of fields split by patient, `write_slide` a pyramidal
-slide. The data of the demo, the tests and the benchmarks where no real data is given.
+`tissue` draws a field, `write_images` a folder of fields split by patient, `write_slide` a
+pyramidal slide: the data of the demo, the tests and the benchmarks where no real data is given.
+
+The kinds of nuclei differ in size, outline, chromatin, nucleoli and surroundings; the stain, the
+tissue's architecture and the optics change with the slide and the scanner, and the density of the
+chromatin from nucleus to nucleus, so that colour does not give the kind away. Balanced accuracy
+over the five kinds (40 px windows at 0.25 mpp, 24 slides on 6 scanners, 16 to train, 8 to test;
+balanced logistic regression on standardised features; chance 0.20):
+
+FIGURES
 """
 
 from lemon_muse.synthetic.cells import CLASSES

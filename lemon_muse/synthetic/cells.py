@@ -75,6 +75,8 @@ def _thin(points: np.ndarray, reach: np.ndarray, spare: np.ndarray) -> np.ndarra
 
     Two collide when their distance is below the sum of their `reach`; rows in `spare` may overlap.
     """
+    if len(points) < 2:
+        return np.arange(len(points))
     pairs = cKDTree(points).query_pairs(2 * float(reach.max()), output_type="ndarray")
     gap = np.hypot(*(points[pairs[:, 0]] - points[pairs[:, 1]]).T)
     close = pairs[gap < reach[pairs[:, 0]] + reach[pairs[:, 1]]]
@@ -100,18 +102,18 @@ def scatter(
         ys.append(y)
         kinds.append(kind)
 
-    x, y = _places(rng, side, look.spacing, 0.3)
+    x, y = _places(rng, side, look.diameter * look.crowding, 0.3)
     inside = (regions.at("tumour", x, y) > 3) & (rng.random(len(x)) < 0.95)
     x, y = x[inside], y[inside]
     roll = rng.random(len(x))
     kind = np.where(roll < mitotic_rate, MITOSIS, TUMOUR)
     add(x, y, np.where(roll > 1 - look.scatter * 0.3, LYMPHOCYTE, kind))
 
-    x, y = _places(rng, side, 8.0, 0.38)
+    x, y = _places(rng, side, 7.3, 0.36)
     stroma = regions.at("tumour", x, y) < -2
     plasma = regions.at("plasma", x, y)
     aggregate = regions.at("lymphoid", x, y)
-    chance = np.where(stroma, 0.85 * aggregate * (1 - 0.55 * plasma), 0)
+    chance = np.where(stroma, 0.95 * aggregate * (1 - 0.55 * plasma), 0)
     keep = rng.random(len(x)) < chance
     kind = np.where(rng.random(len(x)) < 0.06 + 0.75 * plasma, PLASMA, LYMPHOCYTE)
     add(x[keep], y[keep], kind[keep])
@@ -129,10 +131,10 @@ def scatter(
     x, y, kind = np.concatenate(xs), np.concatenate(ys), np.concatenate(kinds)
     cells = _describe(rng, look, regions, np.stack([x, y], 1), kind)
     keep = regions.at("tissue", x, y) > 4
-    if len(holes.xy):
+    if len(holes.xy) and len(x):
         distance, nearest = cKDTree(holes.xy).query(cells.xy, k=min(3, len(holes.xy)))
-        wall = holes.radius[nearest] + cells.axes[:, 1:].min(axis=1, keepdims=True)
-        keep &= (distance.reshape(len(x), -1) > wall.reshape(len(x), -1)).all(axis=1)
+        wall = holes.radius[nearest.reshape(len(x), -1)] + cells.axes[:, 1:]
+        keep &= (distance.reshape(len(x), -1) > wall).all(axis=1)
     cells = cells.take(np.flatnonzero(keep))
     reach = np.where(cells.kind == FIBROBLAST, 3.4, 0.84 * cells.axes.mean(axis=1))
     reach = np.where(cells.kind == PLASMA, 4.3, reach)
@@ -172,10 +174,10 @@ def _describe(
     size = np.choose(
         kind,
         [
-            3.45 * np.exp(0.1 * normal[0]),
-            3.7 * np.exp(0.1 * normal[0]),
+            3.25 * np.exp(0.1 * normal[0]),
+            3.55 * np.exp(0.1 * normal[0]),
             look.diameter / 2 * np.exp(look.pleomorphism * normal[0]),
-            2.1 * np.exp(0.2 * normal[0]),
+            1.75 * np.exp(0.2 * normal[0]),
             4.3 * np.exp(0.13 * normal[0]),
         ],
     )
@@ -187,21 +189,26 @@ def _describe(
             1 + 0.13 * np.abs(normal[1]),
             1 + 0.16 * np.abs(normal[1]),
             1.08 + 0.22 * np.abs(normal[1]),
-            np.clip(3.9 + 1.1 * normal[1], 2.2, 6.5),
+            np.clip(3.9 + 1.2 * normal[1], 2.2, 6.8),
             np.ones(n),
         ],
     )
     plump = (kind == FIBROBLAST) & (rng.random(n) < 0.35)
     ratio = np.where(plump, 0.55 * ratio + 0.5, ratio)
-    size = np.where(plump, size * 1.25, size)
+    size = np.where(plump, size * 1.4, size)
     axes = np.stack([size * np.sqrt(ratio), size / np.sqrt(ratio)], 1)
     axes[kind == FIBROBLAST] = np.stack([size * ratio, size], 1)[kind == FIBROBLAST]
     axes[:, 0] = np.minimum(axes[:, 0], 11)
     fibre = regions.angle(*xy.T) + 0.16 * normal[2]
     angle = np.where(kind == FIBROBLAST, fibre, rng.uniform(0, 2 * np.pi, n))
     vesicular = np.clip(1 - look.chromatin + 0.3 * normal[3], 0, 1)
-    open_ = np.choose(kind, [0.06 + 0.2 * rng.random(n) ** 2, 0.25, vesicular, 0.3 * plump + 0.15, 0])
-    dense = np.choose(kind, [0.92, 0.9, 0.86, 0.8, 0.98]) * np.exp(0.17 * normal[4])
-    soft = 0.22 + 0.55 * rng.random(n) ** 4
-    values = (angle, axes, np.clip(dense, 0.45, 1.35), open_, soft, rng.random((n, 8)))
+    open_ = np.choose(
+        kind, [0.06 + 0.2 * rng.random(n) ** 2, 0.25, vesicular, 0.3 * plump + 0.15, 0]
+    )
+    dense = np.choose(kind, [0.82, 0.78, 0.74, 0.7, 0.84]) * np.exp(0.18 * normal[4])
+    # Nuclei cut tangentially or out of focus: paler, with a soft outline.
+    faint = rng.random(n) ** 5 * (kind != MITOSIS)
+    dense = dense * (1 - 0.5 * faint)
+    soft = 0.25 + 0.9 * faint
+    values = (angle, axes, np.clip(dense, 0.35, 1.35), open_, soft, rng.random((n, 8)))
     return Cells(xy.astype(np.float32), kind, *(v.astype(np.float32) for v in values))

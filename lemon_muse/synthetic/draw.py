@@ -79,9 +79,7 @@ def plan(
         raise UserError(f"mitotic_rate={mitotic_rate} is a share of tumour cells: give 0 to 1.")
     noise, look = Noise(seed), style(slide)
     regions = Regions(noise, look, side * mpp, glass=glass)
-    cells, gaps = scatter(
-        seed, noise, look, regions, side * mpp, mitotic_rate=mitotic_rate
-    )
+    cells, gaps = scatter(seed, noise, look, regions, side * mpp, mitotic_rate=mitotic_rate)
     # Draw where the point will be written, not a fraction of a pixel beside it.
     snapped = np.rint(cells.xy.astype(np.float64) / mpp * QUANTUM) / QUANTUM * mpp
     cells.xy[:] = snapped
@@ -177,7 +175,7 @@ def _glass(world: World, window: Window, h: np.ndarray, e: np.ndarray) -> None:
     border = world.regions.grid("tissue", window)
     if float(border.min()) > 12:
         return
-    ragged = border + 2.2 * world.noise.grid("edge", window, 5, octaves=3)
+    ragged = border + 1.2 * world.noise.grid("edge", window, 6, octaves=2)
     inside = np.clip(ragged / 1.2 + 0.5, 0, 1)
     h *= inside
     e *= inside
@@ -186,10 +184,10 @@ def _glass(world: World, window: Window, h: np.ndarray, e: np.ndarray) -> None:
 def _sensor(world: World, window: Window) -> np.ndarray:
     """Unit-variance noise per pixel and channel, from the position alone."""
     row, col = round(window.y / window.step), round(window.x / window.step)
-    out = np.empty((window.height, window.width, 3), np.float32)
+    out = np.empty((3, window.height, window.width), np.float32)
     rng = np.random.default_rng([105, world.noise.seed])
     for channel, (dy, dx) in enumerate(rng.integers(0, TILE, (3, 2))):
         rows = np.arange(row + dy, row + dy + window.height) % TILE
         cols = np.arange(col + dx, col + dx + window.width) % TILE
-        out[..., channel] = white()[rows[:, None], cols]
+        out[channel] = white()[rows[:, None], cols]
     return out

@@ -1,7 +1,7 @@
 """Generated tissue as files: a folder of images with their nuclei, or a pyramidal slide.
 
-Everything is written under a temporary name, synced and renamed: a killed writer leaves no file that
-looks finished.
+Everything is written under a temporary name, synced and renamed: a killed writer leaves no file
+that looks finished.
 """
 
 import csv
@@ -22,7 +22,7 @@ from lemon_muse.synthetic.draw import World, patch, plan, tissue
 
 COLOURS = ((60, 90, 220), (150, 60, 200), (220, 60, 60), (60, 170, 80), (240, 180, 20))
 HEADER = ("slide", "patient", "image", "nuclei", "mpp", "split")
-PATCH = 2048  # pixels drawn at a time: about 0.4 GB of planes
+PATCH = 1024  # pixels drawn at a time: larger ones leave the caches and are slower
 SCANNERS = 4
 _SPACE = uuid.UUID("6f1c1a52-30c5-4a57-9d35-6a1f8d0f7c11")
 
@@ -43,7 +43,7 @@ def write_images(
     one slide or two; train, val and test (about 60, 20, 20 % of the slides) are
     disjoint by patient. Slides take turns on four scanners. Each file is a pure function of the
     arguments and files already there are kept, so a killed call is finished by calling it again
-    with the same arguments; `slides.csv` comes last.
+    with the same arguments (``generated.json`` keeps them); `slides.csv` comes last.
 
     Args:
         folder: made if missing.
@@ -54,12 +54,15 @@ def write_images(
         mitotic_rate: share of tumour cells in mitosis, 0 to 1.
 
     Raises:
-        UserError: fewer than three slides, or an argument of `tissue` outside its range.
+        UserError: fewer than three slides, an argument of `tissue` outside its range, or a folder
+            that holds tissue of other arguments.
+        RunError: a file cannot be written.
     """
     if slides < 3:
         raise UserError(f"slides={slides} cannot be split by patient: give 3 or more.")
     patients = _patients(slides)
     splits = _splits(patients)
+    _claim(folder, {"side": side, "mpp": mpp, "seed": seed, "mitotic_rate": mitotic_rate})
     rows = []
     for index, patient in enumerate(patients):
         name = f"slide{index:03d}"
@@ -99,8 +102,8 @@ def write_slide(
 ) -> Path:
     """Write a pyramidal, tiled JPEG TIFF that OpenSlide reads as Aperio, and its nuclei beside it.
 
-    The nuclei go to ``<stem>.geojson``. Patches of 2048 px are drawn one at a time into a temporary
-    file of side * side * 3 bytes beside `path`; memory stays below about 1.5 GB at any size.
+    The nuclei go to ``<stem>.geojson``. Patches of 1024 px are drawn one at a time into a temporary
+    file of side * side * 3 bytes beside `path`; memory stays below 1 GB at 20,000 px.
 
     Args:
         path: the file to write, usually ``*.tiff`` or ``*.svs``; replaced if there.
@@ -124,31 +127,43 @@ def write_slide(
         mitotic_rate=mitotic_rate,
         glass=True,
     )
+    xy, kinds = world.nuclei()
+    key = f"{seed}/{slide}/{side}/{mpp}/{mitotic_rate}"
+    # The slide comes last: where it stands, its nuclei stand too.
+    _write_nuclei(path.with_suffix(".geojson"), xy, kinds, key=key)
     raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _draw_raw(world, raw)
         with _finished(path) as part:
+            _draw_raw(world, raw)
             _save_pyramid(world, raw, part)
     finally:
         raw.unlink(missing_ok=True)
-    xy, kinds = world.nuclei()
-    key = f"{seed}/{slide}/{side}/{mpp}/{mitotic_rate}"
-    _write_nuclei(path.with_suffix(".geojson"), xy, kinds, key=key)
     return path
 
 
+def _claim(folder: Path, arguments: dict[str, float]) -> None:
+    """Note the arguments in the folder; files of other arguments must not be taken for ours."""
+    note = folder / "generated.json"
+    text = json.dumps(arguments) + "\n"
+    if note.is_file():
+        if note.read_text(encoding="utf-8") != text:
+            raise UserError(f"{folder} holds tissue of other settings: give another folder.")
+        return
+    with _finished(note) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def _draw_raw(world: World, raw: Path) -> None:
+    """All pixels, row by row, uint8; one band of patches in memory."""
     side = world.side
-    pixels = np.memmap(raw, np.uint8, mode="w+", shape=(side, side, 3))
-    for y in range(0, side, PATCH):
-        height = min(PATCH, side - y)
-        for x in range(0, side, PATCH):
-            width = min(PATCH, side - x)
-            part = patch(world, x=x, y=y, width=width, height=height)
-            pixels[y : y + height, x : x + width] = part
-        pixels.flush()
-    del pixels
+    with raw.open("wb") as file:
+        for y in range(0, side, PATCH):
+            height = min(PATCH, side - y)
+            band = np.empty((height, side, 3), np.uint8)
+            for x in range(0, side, PATCH):
+                width = min(PATCH, side - x)
+                band[:, x : x + width] = patch(world, x=x, y=y, width=width, height=height)
+            file.write(band.data)
 
 
 def _save_pyramid(world: World, raw: Path, part: Path) -> None:
@@ -205,13 +220,15 @@ def _write_nuclei(path: Path, xy: np.ndarray, kinds: np.ndarray, *, key: str) ->
 @contextmanager
 def _finished(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; synced and renamed when the block ends well, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         part.unlink(missing_ok=True)
 

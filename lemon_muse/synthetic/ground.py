@@ -20,20 +20,22 @@ def ground(
     rough = noise.grid("rough", window, 2.2, octaves=2)
     loose = field["loose"]
     body = smooth(bundles, -1.3, 1.2)
-    e = np.float32(look.collagen) * (0.42 + 0.75 * body + 0.15 * fibres + 0.05 * rough)
-    h = 0.035 + 0.03 * loose + 0.012 * fibres + 0.015 * rough
+    grainy = noise.grid("granules", window, 0.75, octaves=2)
+    threads = 0.17 * fibres + 0.07 * rough + 0.08 * grainy
+    e = np.float32(look.collagen) * (0.55 + 0.5 * body + threads)
+    h = np.float32(look.blueness) + 0.04 * loose + 0.03 * fibres + 0.018 * rough + 0.012 * grainy
     # Loose stroma is pale and grey-blue; between bundles the section tears open.
-    e *= 1 - loose * (0.45 - 0.12 * fibres)
-    open_ = smooth(bundles + 0.35 * rough - 0.3 * loose, -1.75, -1.15)
+    e *= 1 - loose * (0.5 - 0.2 * fibres - 0.1 * grainy)
+    open_ = smooth(bundles + 0.3 * rough - 0.3 * loose, look.tear - 0.25, look.tear + 0.25)
     e, h = e * (0.08 + 0.92 * open_), h * (0.1 + 0.9 * open_)
     # Lymphoid ground: little matter between the cells.
     aggregate = field["lymphoid"]
     thin = smooth(rough + 0.4 * fibres, -1.2, 0.9)
     e += aggregate * (0.2 * thin + 0.03 - e)
     h += aggregate * (0.09 * thin + 0.01 - h)
-    border = field["tumour"] + 1.1 * rough
+    border = field["tumour"] + 0.6 * rough
     nest = smooth(border, -0.7, 0.7)
-    nest_h, nest_e = _cytoplasm(noise, look, cells, window, rough)
+    nest_h, nest_e = _cytoplasm(look, cells, window, rough, grainy)
     e += nest * (nest_e - e)
     h += nest * (nest_h - h)
     gap = smooth(-border, 0.0, 0.8) * smooth(border + field["cleft"] * 1.6, -0.6, 0.6)
@@ -45,10 +47,10 @@ def _collagen(
     noise: Noise, look: Style, regions: Regions, window: Window
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bundles (several µm) and fibres (below a µm): noise smeared along the direction field."""
-    wide = window.grown(34, COARSE)
+    wide = window.grown(48, COARSE)
     pattern = noise.grid("bundles", wide, 2.6)
     cos, sin = _direction(noise, look, regions, wide)
-    bundles = _smear(pattern, cos, sin, reach=16, follow=True)
+    bundles = _smear(pattern, cos, sin, reach=24, follow=True)
     rows, cols = np.arange(window.height), np.arange(window.width)
     y = (window.y + (rows + 0.5) * window.step - wide.y) / COARSE - 0.5
     x = (window.x + (cols + 0.5) * window.step - wide.x) / COARSE - 0.5
@@ -65,7 +67,7 @@ def _direction(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit vector of the fibres (x, y) on a window, with their wave."""
     angle = np.arctan2(regions.grid("sin", window), regions.grid("cos", window)) / 2
-    angle += np.float32(look.wave) * noise.grid("wave", window, 7)
+    angle += np.float32(look.wave) * noise.grid("wave", window, 9)
     return np.cos(angle), np.sin(angle)
 
 
@@ -74,7 +76,7 @@ def _smear(
 ) -> np.ndarray:
     """Mean of the pattern along the direction field, `reach` pixels both ways, unit variance.
 
-    `follow` looks the direction up again at every step (curved paths); otherwise paths are straight.
+    `follow` looks the direction up again at every step (curved paths), else paths are straight.
     """
     height, width = pattern.shape
     rows, cols = np.indices(pattern.shape, dtype=np.float32)
@@ -113,11 +115,10 @@ def _bilinear(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _cytoplasm(
-    noise: Noise, look: Style, cells: Cells, window: Window, rough: np.ndarray
+    look: Style, cells: Cells, window: Window, rough: np.ndarray, grainy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tumour cytoplasm: every pixel belongs to the nearest nucleus; cells differ and have borders."""
+    """Tumour cytoplasm: a pixel belongs to the nearest nucleus; cells differ and have borders."""
     wide = window.grown(HALO)
-    grainy = noise.grid("granules", window, 0.75, octaves=2)
     owners = np.flatnonzero((cells.kind == TUMOUR) | (cells.kind == MITOSIS))
     col = np.floor((cells.xy[owners, 0] - wide.x) / wide.step).astype(np.int64)
     row = np.floor((cells.xy[owners, 1] - wide.y) / wide.step).astype(np.int64)
@@ -141,14 +142,21 @@ def _cytoplasm(
     edge[1:] += owner[1:] != owner[:-1]
     edge[:, 1:] += owner[:, 1:] != owner[:, :-1]
     edge = ndimage.gaussian_filter(np.minimum(edge, 1), 0.45 / window.step, truncate=3)
-    tone = cells.dice[:, 5][owner]
-    other = cells.dice[:, 4][owner]
-    h = np.float32(look.basophilia) * (0.6 + 0.8 * tone) * (1 + 0.28 * grainy)
-    e = np.float32(0.2 + 0.16 * look.collagen) * (0.65 + 0.7 * other) * (1 + 0.2 * grainy)
+    tone, other = (
+        ndimage.uniform_filter(cells.dice[:, k][owner], round(2 / window.step)) for k in (5, 4)
+    )
+    foam = 1 - np.float32(0.75 * look.foam) * smooth(rough + 0.6 * grainy, 0.5, 1.4) * (0.3 + tone)
+    h = np.float32(look.basophilia) * (0.65 + 0.7 * tone) * (1 + 0.3 * grainy + 0.16 * rough) * foam
+    e = (
+        np.float32(0.2 + 0.16 * look.collagen)
+        * (0.7 + 0.6 * other)
+        * (1 + 0.2 * grainy + 0.1 * rough)
+        * foam
+    )
     # Some slides show membranes as pale gaps, others as pink lines.
-    line = np.float32(0.75 - 1.6 * look.basophilia / 0.22)
-    e = e * np.clip(1 + line * edge, 0.2, 2)
-    h = h * np.clip(1 - 0.5 * edge, 0.2, 2)
+    line = float(1.4 - 2.4 * look.basophilia / 0.22)
+    e = e * np.clip(1 + line * edge, 0.15, 3) + 0.08 * max(line, 0) * edge
+    h = h * np.clip(1 - 0.7 * edge, 0.15, 3)
     return h, e
 
 
@@ -167,7 +175,10 @@ def holes(window: Window, gaps: Holes, h: np.ndarray, e: np.ndarray) -> None:
         dy = (window.y + (rows + 0.5) * window.step - gaps.xy[i, 1])[:, None].astype(np.float32)
         dx = (window.x + (cols + 0.5) * window.step - gaps.xy[i, 0])[None, :].astype(np.float32)
         shift = (gaps.dice[i, :2] * 512).astype(np.int64)
-        at = ((shift[0] + np.arange(len(rows)))[:, None] % 512, (shift[1] + np.arange(len(cols))) % 512)
+        at = (
+            (shift[0] + np.arange(len(rows)))[:, None] % 512,
+            (shift[1] + np.arange(len(cols))) % 512,
+        )
         squeeze = 1 + 0.25 * (gaps.dice[i, 2] - 0.5)
         rho = np.hypot(dx * squeeze, dy / squeeze)
         wobble = texture(max(2.6, radius / 2.5), window.step)[at]
@@ -177,7 +188,9 @@ def holes(window: Window, gaps: Holes, h: np.ndarray, e: np.ndarray) -> None:
         content = 0.02
         if gaps.kind[i] == LUMEN:
             # Secretion: wisps of mucin in part of the lumens.
-            content = 0.03 + 0.35 * gaps.dice[i, 3] ** 3 * smooth(texture(1.3, window.step)[at], 0, 1)
+            content = 0.03 + 0.35 * gaps.dice[i, 3] ** 3 * smooth(
+                texture(1.3, window.step)[at], 0, 1
+            )
         wall = np.exp(-(((inside + 0.5) / 0.6) ** 2)) * (gaps.kind[i] == ADIPOCYTE)
         e[place] = e[place] * (1 - mask) + content * mask + 0.16 * wall
         h[place] = h[place] * (1 - mask) + 0.5 * content * mask + 0.03 * wall

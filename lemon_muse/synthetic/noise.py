@@ -8,6 +8,7 @@ enters. The tile repeats after 1024 lattice points (0.5 mm at a grain of 0.5 µm
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def spline_grid(
     cols = (window.x + (np.arange(window.width) + 0.5) * window.step - x) / step
     row0, row_weights = _taps(rows)
     col0, col_weights = _taps(cols)
-    mode = "wrap" if wrap else "clip"
+    mode: Literal["wrap", "clip"] = "wrap" if wrap else "clip"
     # Columns first, on the few lattice rows that are touched; then rows. Plain sums, no BLAS: the
     # result must not depend on the number of threads.
     low, high = int(row0.min()), int(row0.max()) + 4

@@ -1,7 +1,7 @@
 """Drawing nuclei: batches of small stamps that are pasted into the planes of stain.
 
-A stamp knows the local coordinates of its pixels in µm (u along the long axis, v across) and gives a
-mask in [0, 1] and the hematoxylin and eosin inside it. The kinds differ in outline, chromatin,
+A stamp knows the local coordinates of its pixels in µm (u along the long axis, v across) and gives
+a mask in [0, 1] and the hematoxylin and eosin inside it. The kinds differ in outline, chromatin,
 nucleoli and what surrounds them.
 """
 
@@ -93,9 +93,7 @@ def _reach(cells: Cells) -> np.ndarray:
     return cells.axes.max(axis=1) * 1.08 + extra
 
 
-def _batches(
-    window: Window, cells: Cells
-) -> Iterator[tuple[int, Stamp, np.ndarray, np.ndarray]]:
+def _batches(window: Window, cells: Cells) -> Iterator[tuple[int, Stamp, np.ndarray, np.ndarray]]:
     """Stamps of equal kind and size together, in a fixed order."""
     pixels = 2 * np.ceil(_reach(cells) / window.step).astype(np.int64) + 1
     grain = 12
@@ -132,7 +130,7 @@ def _oval(stamp: Stamp, wobble: float) -> tuple[np.ndarray, np.ndarray]:
     return rho, (1 - rho) * np.sqrt(a * b)
 
 
-def _edge(inside: np.ndarray, soft: np.ndarray) -> np.ndarray:
+def _edge(inside: np.ndarray, soft: np.ndarray | float) -> np.ndarray:
     """Mask from a signed distance in µm: a smooth step of width about 2 `soft`."""
     return smooth(inside / soft, -1, 1)
 
@@ -144,7 +142,7 @@ def _surround(kind: int, stamp: Stamp) -> Layers:
         length, width = stamp.dice(0, 5.0, 6.8), stamp.dice(1, 4.0, 5.2)
         shift = length * stamp.dice(2, 0.38, 0.6)
         rho = np.sqrt(((stamp.u - shift) / length) ** 2 + (stamp.v / width) ** 2)
-        mask = _edge((1 - rho * (1 + 0.07 * stamp.bumps)) * width, np.float32(0.5))
+        mask = _edge((1 - rho * (1 + 0.07 * stamp.bumps)) * width, 0.5)
         near = (stamp.u - stamp.cells.axes[:, :1, None] - 0.6) ** 2 + (stamp.v * 0.8) ** 2
         hof = 1 - 0.6 * np.exp(-near / 2.2)
         h = stamp.dice(3, 0.16, 0.34) * hof * (1 + 0.14 * stamp.fine)
@@ -153,12 +151,12 @@ def _surround(kind: int, stamp: Stamp) -> Layers:
         # Cells round up to divide: a clear, finely granular zone around the chromosomes.
         reach = stamp.dice(0, 6.0, 7.6)
         rho = np.hypot(stamp.u, stamp.v) * (1 + 0.06 * stamp.bumps)
-        mask = _edge(reach - rho, np.float32(0.6))
+        mask = _edge(reach - rho, 0.6)
         e = stamp.dice(1, 0.1, 0.26) * (1 + 0.2 * stamp.fine)
         return [(mask, stamp.dice(2, 0.04, 0.12) * (1 + 0.3 * stamp.fine), e)]
     if kind == LYMPHOCYTE:
         rho, inside = _oval(stamp, 0.06)
-        mask = _edge(inside + stamp.dice(0, 0.3, 1.3), np.float32(0.5)) * 0.6
+        mask = _edge(inside + stamp.dice(0, 0.3, 1.3), 0.5) * 0.6
         return [(mask, 0.1 + 0 * rho, 0.16 + 0 * rho)]
     return []
 
@@ -189,21 +187,23 @@ def _plasma(stamp: Stamp) -> Layers:
     rho, inside = _oval(stamp, 0.035)
     count = np.floor(stamp.dice(5, 5, 8.99))
     angle = np.arctan2(stamp.v, stamp.u)
-    spokes = smooth(np.cos(count * angle + stamp.dice(6, 0, 6.28)) + 0.35 * stamp.coarse, -0.6, 0.7)
+    uneven = stamp.coarse + 0.5 * stamp.bumps + 0.4 * stamp.fine
+    wheel = stamp.dice(7, 0.3, 0.9) * np.cos(count * angle + stamp.dice(6, 0, 6.28))
+    spokes = smooth(wheel + 0.6 * uneven, -0.9, 1.1)
     rim = smooth(rho, 0.3, 0.7)
-    middle = 0.55 * (1 - smooth(rho, 0.12, 0.3))
-    h = stamp.column("dense") * (0.5 + 0.62 * np.maximum(spokes * rim, middle) + 0.05 * stamp.fine)
+    middle = stamp.dice(0, 0.0, 0.7) * (1 - smooth(rho, 0.12, 0.3))
+    h = stamp.column("dense") * (0.52 + 0.55 * np.maximum(spokes * rim, middle) + 0.07 * stamp.fine)
     return [(_edge(inside, stamp.column("soft")), h, 0.2 * np.ones_like(h))]
 
 
 def _tumour(stamp: Stamp) -> Layers:
     """Large, uneven outline; vesicular (rim, strands, nucleoli) to densely hyperchromatic."""
-    rho, inside = _oval(stamp, 0.085)
+    _, inside = _oval(stamp, 0.06)
     opened, dense = stamp.column("open"), stamp.column("dense")
     rim = np.exp(-(((inside - 0.45) / 0.42) ** 2))
     strands = smooth(stamp.coarse + 0.4 * stamp.fine, 0.2, 1.6)
-    closed = 0.86 + 0.11 * stamp.coarse + 0.08 * stamp.fine
-    vesicle = 0.36 + 0.36 * strands + 0.07 * stamp.fine + 0.42 * rim
+    closed = 0.84 + 0.15 * stamp.coarse + 0.1 * stamp.fine
+    vesicle = 0.4 + 0.4 * strands + 0.09 * stamp.fine + 0.3 * rim
     h = dense * (closed + opened * (vesicle - closed))
     e = 0.14 + 0 * h
     for k, share in ((0, 1.0), (1, 0.45)):
@@ -225,12 +225,12 @@ def _fibroblast(stamp: Stamp) -> Layers:
     wave = stamp.dice(1, -0.5, 0.5) * np.sin(stamp.u * (2.2 / a) * 1.5)
     v = stamp.v - bend - wave
     t = np.clip(np.abs(stamp.u) / a, 0, 1.3)
-    half = b * np.clip(1 - t ** stamp.dice(2, 1.7, 2.6), -0.6, 1) * (1 + 0.1 * stamp.bumps)
+    half = b * np.clip(1 - t ** stamp.dice(2, 1.9, 4.5), -0.6, 1) * (1 + 0.14 * stamp.bumps)
     inside = half - np.abs(v)
     # Beyond the tips the distance to the tip counts, not the one to the axis.
     inside = np.where(t > 1, np.minimum(inside, (1 - t) * a), inside)
     grain = 1 + 0.13 * stamp.coarse + 0.1 * stamp.fine
-    hollow = 1 - 0.75 * stamp.column("open") * smooth(inside, 0.3, 1.2)
+    hollow = 1 - 0.6 * stamp.column("open") * smooth(inside, 0.2, 1.4)
     h = stamp.column("dense") * grain * hollow
     return [(_edge(inside, stamp.column("soft")), h, 0.16 * np.ones_like(h))]
 
@@ -238,7 +238,7 @@ def _fibroblast(stamp: Stamp) -> Layers:
 def _mitosis(stamp: Stamp) -> Layers:
     """Chromosomes without a membrane: a plate, two plates, a ring or a ragged clump."""
     form = stamp.dice(5, 0, 1)
-    ragged = 0.55 * stamp.coarse + 0.28 * stamp.fine
+    ragged = 0.4 * stamp.coarse + 0.2 * stamp.fine
     radius = np.hypot(stamp.u, stamp.v)
     thick, long = stamp.dice(3, 1.1, 1.9), stamp.dice(4, 3.6, 5.4)
 
@@ -254,4 +254,4 @@ def _mitosis(stamp: Stamp) -> Layers:
     inside = np.where(form < 0.45, plate, np.where(form < 0.58, pair, clump))
     inside = np.where((form >= 0.58) & (form < 0.7), ring, inside) + 0.5 * ragged
     h = stamp.column("dense") * (1.05 + 0.1 * stamp.fine)
-    return [(_edge(inside, np.float32(0.35)), h, 0.2 * np.ones_like(h))]
+    return [(_edge(inside, 0.35), h, 0.2 * np.ones_like(h))]

@@ -30,14 +30,17 @@ class Style:
     glands: float  # share of nest places that hold a lumen
     fat: float  # threshold of fat
     cleft: float  # width of retraction clefts around nests, µm
-    spacing: float  # of tumour cells, µm
     diameter: float  # of tumour nuclei, µm
+    crowding: float  # spacing of tumour nuclei over their diameter
     pleomorphism: float  # log-normal spread of tumour nuclei
     chromatin: float  # 0 vesicular ... 1 dense tumour nuclei
     fibroblasts: float  # spacing of stroma nuclei, µm
     collagen: float  # eosin of the fibres
     basophilia: float  # hematoxylin of tumour cytoplasm
+    blueness: float  # hematoxylin that stroma has taken up
     wave: float  # radians by which fibres undulate
+    tear: float  # how readily bundles come apart, in standard deviations
+    foam: float  # vacuolation of tumour cytoplasm, 0 to 1
 
 
 def style(slide: int) -> Style:
@@ -56,14 +59,17 @@ def style(slide: int) -> Style:
         glands=u(0.0, 0.012),
         fat=u(1.3, 2.8),
         cleft=float(np.exp(rng.normal(0.3, 0.7))),
-        spacing=u(10.5, 14.5),
-        diameter=u(9.5, 13.0),
+        diameter=u(9.2, 12.3),
+        crowding=u(0.96, 1.16),
         pleomorphism=u(0.08, 0.2),
         chromatin=u(0.0, 0.8),
-        fibroblasts=u(14, 21),
+        fibroblasts=u(12, 18),
         collagen=u(0.28, 0.52),
         basophilia=u(0.06, 0.22),
-        wave=u(0.15, 0.5),
+        blueness=0.03 + 0.11 * u(0, 1) ** 2,
+        wave=u(0.1, 0.4),
+        tear=u(-2.6, -1.5),
+        foam=u(0, 1),
     )
 
 
@@ -73,8 +79,8 @@ FIELDS = ("tissue", "tumour", "lymphoid", "plasma", "loose", "fat", "cos", "sin"
 class Regions:
     """Fields over a square world of `side` µm (and `MARGIN` around it).
 
-    `tissue`, `tumour` and `fat` are about the signed distance in µm to the border (positive inside);
-    `lymphoid`, `plasma`, `loose` and `focus` lie in [0, 1]; `cos`, `sin` are twice the angle of the
+    `tissue`, `tumour` and `fat` are about the signed distance to the border in µm, positive
+    inside; `lymphoid`, `plasma`, `loose` and `focus` lie in [0, 1]; `cos`, `sin` are twice the angle of the
     fibres; `cleft` is the local width of the gap around nests, µm.
     """
 
@@ -95,9 +101,7 @@ class Regions:
     def grid(self, name: str, window: Window) -> np.ndarray:
         """A field on the pixels of a window, float32 [height, width]."""
         lattice = self.values[FIELDS.index(name)]
-        return spline_grid(
-            lattice, window, step=STEP, x=self.origin, y=self.origin, wrap=False
-        )
+        return spline_grid(lattice, window, step=STEP, x=self.origin, y=self.origin, wrap=False)
 
     def at(self, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """A field at scattered points in µm (bilinear), float32 [n]."""
@@ -128,12 +132,15 @@ def _distance(field: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _fields(
     noise: Noise, look: Style, x: np.ndarray, y: np.ndarray, *, side: float, glass: bool
 ) -> np.ndarray:
-    """All fields on lattice points x, y [rows, columns] in µm; float32 [FIELDS, rows-2, columns-2]."""
+    """All fields on lattice points x, y [r, c] in µm; float32 [FIELDS, r - 2, c - 2]."""
     inner = (slice(1, -1), slice(1, -1))
     cos, sin = np.cos(look.direction), np.sin(look.direction)
     wx = x + 14 * noise.points("warp x", x, y, 26)
     wy = y + 14 * noise.points("warp y", x, y, 26)
-    along, across = (wx * cos + wy * sin) / look.stretch**0.6, (wy * cos - wx * sin) * look.stretch**0.4
+    along, across = (
+        (wx * cos + wy * sin) / look.stretch**0.6,
+        (wy * cos - wx * sin) * look.stretch**0.4,
+    )
     nests = noise.points("nests", along, across, look.nest, octaves=2)
     tumour, right, down = _distance(nests - np.float32(look.tumour_level))
     tissue = 2.1 + noise.points("tissue", x, y, 90, octaves=3)

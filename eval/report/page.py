@@ -1,0 +1,180 @@
+"""Put the page together: the shell, the gallery's sections, and how to do it all again."""
+
+import json
+import shlex
+from typing import Any
+
+from eval.report import html
+from eval.report.css import CSS
+from eval.report.gallery import Gallery
+from eval.report.inputs import Row, RunFolder
+from eval.report.style import Picture, class_colour
+from eval.report.words import DASH, TIMES
+from lemon_muse import __version__
+
+
+def shell(title: str, top: str, sections: list[tuple[str, str, str]]) -> str:
+    """The whole document; `sections` are (anchor, title, body)."""
+    links = "".join(f'<a href="#{a}">{html.esc(t)}</a>' for a, t, _ in sections)
+    body = "\n".join(html.section(a, t, b) for a, t, b in sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        # Names come from files: even if one slipped through, nothing may run or be fetched.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{html.esc(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{top}\n"
+        f'<nav aria-label="sections">{links}</nav>\n{body}\n'
+        f"<footer>Written by lemon-muse {html.esc(__version__)}. The pictures lie beside this page as "
+        "PNG files, the numbers as report.json.</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def legend(gallery: Gallery) -> str:
+    """The classes and their colours."""
+    names = "".join(
+        f"<span>{html.swatch(class_colour(i), name)}</span>"
+        for i, name in enumerate(gallery.classes)
+    )
+    return f'<div class="legend">{names}</div>'
+
+
+def window_words(gallery: Gallery) -> str:
+    """'64 x 64 px at 0.25 µm/px, 16 µm wide'."""
+    side = gallery.crops.shape[1]
+    if not gallery.mpp > 0:
+        return f"{side} {TIMES} {side} px"
+    width = side * gallery.mpp
+    return f"{side} {TIMES} {side} px at {gallery.mpp:g} µm/px, {width:.3g} µm wide"
+
+
+def retrieval(
+    gallery: Gallery, table: list[dict[str, Any]], sheets: list[tuple[str, Picture]], *, shared: int
+) -> str:
+    """Sheets of query nuclei and their nearest, one a class, with a table over all queries."""
+    lines = []
+    for row in table:
+        colour = class_colour(gallery.classes.index(row["class"]))
+        lines.append(
+            [
+                html.swatch(colour, row["class"]),
+                f"{row['queries']:,}",
+                html.value_cell(f"{100 * row['same_class']:.1f} %", ""),
+                f"{100 * row['chance']:.1f} %",
+                f"{row['same_class'] / row['chance']:.2f}" if row["chance"] else DASH,
+            ]
+        )
+    head = ["Class of the query", "Queries", "Same class among neighbours", "By chance", "Ratio"]
+    parts = [
+        html.paragraph(
+            "Each line starts with a nucleus of a test patient; beside it stand the train nuclei that "
+            "the encoder finds most alike (cosine), nearest first. The frame is the annotated class. "
+            f"One square is {window_words(gallery)}. The query is the nucleus in the middle."
+        ),
+        legend(gallery),
+        html.table(head, [("", lines)]),
+    ]
+    for cls, picture in sheets:
+        parts.append(
+            html.figure(
+                picture,
+                f"Queries of class {cls}, drawn at random. At the end of a line: neighbours of the "
+                "query's class.",
+            )
+        )
+    beware = (
+        "Look for what the neighbours share besides the class: stain, blur and crowding count too."
+    )
+    if shared:
+        beware += (
+            f" {shared} patients occur both among the queries and the train nuclei, so some "
+            "neighbours come from the query's own slide."
+        )
+    parts.append(html.paragraph(beware))
+    return "\n".join(parts)
+
+
+def morphology(
+    gallery: Gallery, pictures: tuple[Picture, Picture], *, shown: int, method: str,
+    mixing: tuple[float, float], k: int,
+) -> str:  # fmt: skip
+    """The map with nuclei on it, and the same map as dots."""
+    n = len(gallery.labels)
+    name = {"tsne": "t-SNE", "umap": "UMAP", "pca": "principal components"}[method]
+    first = (
+        f"{shown:,} of {n:,} nuclei on a {name} map of the encoder's features (unit length, 50 "
+        "principal components). The map is cut into cells; each shows the nucleus that lies nearest "
+        "to its centre, framed in its class colour. Walk across it: neighbours should look alike, "
+        "and size, chromatin and crowding should change gradually."
+    )
+    own, chance = mixing
+    second = (
+        "The same map as dots, at the same places. On the left the classes; on the right the "
+        f"patients with most nuclei. Of a nucleus's {k} nearest in the full feature space, "
+        f"{100 * own:.1f} % come from its own patient; {100 * chance:.1f} % would by chance."
+    )
+    return "\n".join(
+        [
+            legend(gallery),
+            html.figure(
+                pictures[0],
+                first,
+                beware="distances between far groups mean little on such "
+                "a map, and a crowded cell hides all nuclei but one.",
+            ),  # fmt: skip
+            html.figure(
+                pictures[1],
+                second,
+                beware="islands of one patient mean that stain or "
+                "scanner, not shape, sets the nuclei apart.",
+            ),  # fmt: skip
+        ]
+    )
+
+
+def projector(folder: str, n: int, columns: int) -> str:
+    """How to open the same embedding in TensorBoard."""
+    return html.paragraph(
+        f"The {n:,} nuclei of the map, as {columns} principal components with their thumbnails, "
+        "class, split and patient, can be turned about in TensorBoard (tab Projector):"
+    ) + html.code(f"tensorboard --logdir {shlex.quote(folder)}")
+
+
+def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str) -> str:
+    """Commands, settings and versions."""
+    lines = []
+    if folder is not None and folder.config:
+        lines += ["# pretrain", f"lemon-muse train {shlex.quote(f'{run}/config.yaml')}"]
+    lines.append("# probe: the encoder and its floors")
+    for benchmark in dict.fromkeys(r.benchmark for r in rows):
+        lines.append(
+            f"lemon-muse eval encoder=ENCODER benchmark={shlex.quote(benchmark)} root=DATA"
+        )
+    lines += ["# this page", command]
+    parts = [html.code("\n".join(lines))]
+    seeds = sorted({r.seed for r in rows})
+    versions = sorted({r.version for r in rows if r.version})
+    seconds = sum(r for r in {(r.encoder, r.probe): r.seconds for r in rows}.values() if r == r)
+    parts.append(
+        html.facts(
+            [
+                ("Seeds of the probes", ", ".join(map(str, seeds))),
+                ("Version of the probes", ", ".join(versions)),
+                ("Time of the probes", f"{seconds:,.0f} s" if seconds else ""),
+            ]
+        )
+    )
+    settings = {(r.probe, json.dumps(r.params, sort_keys=True, ensure_ascii=False)) for r in rows}
+    known = sorted(f"{probe}: {text}" for probe, text in settings if text != "{}")
+    if known:
+        parts.append(html.folded("Settings of the probes", html.code("\n".join(known))))
+    if folder is not None and folder.config:
+        import yaml
+
+        text = yaml.safe_dump(folder.config, sort_keys=False, width=100, allow_unicode=True)
+        parts.append(html.folded("Settings of the run (config.yaml)", html.code(text)))
+    if folder is not None and folder.info:
+        text = json.dumps(folder.info, indent=2, ensure_ascii=False, default=str)
+        parts.append(html.folded("Versions and code of the run (run.json)", html.code(text)))
+    return "\n".join(parts)

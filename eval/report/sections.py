@@ -1,0 +1,188 @@
+"""The sections of the page that come from result rows and the run folder."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.report import html
+from eval.report.inputs import Row, RunFolder
+from eval.report.style import Picture
+from eval.report.tables import PAIRED, Board
+from eval.report.verdict import headline, verdicts
+from eval.report.words import (
+    METRIC_NAMES,
+    encoder_words,
+    interval,
+    metric_words,
+    number,
+    probe_words,
+    signed,
+)
+
+_STATES = {"beats": "Beats every floor.", "ahead": "Ahead, not beyond doubt.",
+           "behind": "Not above every floor.", "alone": "No floor."}  # fmt: skip
+
+
+def header(title: str, board: Board, facts: Sequence[tuple[str, str]]) -> str:
+    """Title, verdict, what was measured, and one card a probe."""
+    cards = []
+    for verdict in verdicts(board):
+        row = board.cells.get((board.encoders[0], verdict.probe, "balanced_accuracy"))
+        second = board.cells.get((board.encoders[0], verdict.probe, "macro_f1"))
+        big = f'<div class="big">{number(row.value)}</div>' if row else ""
+        of = f"balanced accuracy {interval(row.ci_low, row.ci_high)}" if row else ""
+        if second:
+            of += f" · macro-F1 {number(second.value)} {interval(second.ci_low, second.ci_high)}"
+        cards.append(
+            f'<div class="card {verdict.state}"><h3>{html.esc(probe_words(verdict.probe))}</h3>{big}'
+            f'<div class="of">{html.esc(of)}</div><p><span class="state">'
+            f"{_STATES[verdict.state]}</span> {html.esc(verdict.sentence)}</p></div>"
+        )
+    return "\n".join(
+        [
+            '<header><p class="eyebrow">Nucleus encoder report</p>',
+            f"<h1>{html.esc(title)}</h1>",
+            html.paragraph(headline(board), "lead"),
+            html.facts(facts),
+            f'<div class="cards">{"".join(cards)}</div></header>',
+        ]
+    )
+
+
+def curves(folder: RunFolder | None, picture: Picture | None) -> str:
+    """Learning curves and the last values of a run."""
+    if folder is None:
+        return html.missing("No run folder was given (run=), so there are no learning curves.")
+    if picture is None:
+        return html.missing("metrics.jsonl holds none of the quantities that are drawn here.")
+    last = {key: float(values[-1]) for key, (_, values) in folder.metrics.items()}
+    steps = max(float(s[-1]) for s, _ in folder.metrics.values())
+    pairs = [("Steps", f"{steps:,.0f}")]
+    if "loss" in last:
+        chance = f" (chance {number(last['chance'])})" if "chance" in last else ""
+        pairs.append(("Last loss", f"{number(last['loss'])}{chance}"))
+    if "effective_rank" in last:
+        pairs.append(("Last effective rank", number(last["effective_rank"], 1)))
+    if "crops_per_s" in folder.metrics:
+        median = float(np.nanmedian(folder.metrics["crops_per_s"][1]))
+        pairs.append(("Median throughput", f"{median:,.0f} crops/s"))
+    if "data_wait" in folder.metrics:
+        share = float(np.nanmean(folder.metrics["data_wait"][1])) * 100
+        pairs.append(("Mean wait for data", f"{number(share, 1)} %"))
+    caption = (
+        "A healthy run leaves the chance level (dashed) early, keeps the standard deviation and the "
+        "effective rank of its features well above zero, and waits for data for next to no time. "
+        "Pale lines are the logged values, dark ones a running mean."
+    )
+    beware = (
+        "a falling loss alone does not mean better features, the online probe does; it is measured "
+        "on held-out patients of the pretraining data, not on the test patients below."
+    )
+    notes = "".join(html.paragraph(note, "missing") for note in folder.notes)
+    return html.facts(pairs) + html.figure(picture, caption, beware=beware) + notes
+
+
+def probe_table(board: Board) -> str:
+    """Encoders and floors by probe, 95 % intervals beneath, the best bold, differences to the right."""
+    metrics = board.metrics()
+    paired = [m for m in PAIRED if m in metrics] if board.floors and board.encoders else []
+    head = ["Encoder or floor", *(METRIC_NAMES[m] for m in metrics)]
+    head += [f"Δ {METRIC_NAMES[m]} to the best floor" for m in paired]
+    groups = []
+    for probe in board.probes:
+        names = board.present(probe)
+        best = {m: board.best(probe, m) for m in metrics}
+        lines = []
+        for name in names:
+            ours = name in board.encoders
+            line = [f'<span class="{"ours" if ours else "floor"}" title="{html.esc(name)}">'
+                    f"{html.esc(encoder_words(name))}</span>"]  # fmt: skip
+            for metric in metrics:
+                row = board.cells.get((name, probe, metric))
+                value, bounds = ("", "") if row is None else (
+                    number(row.value), interval(row.ci_low, row.ci_high))  # fmt: skip
+                line.append(html.value_cell(value, bounds, best=best[metric] == name))
+            for metric in paired:
+                gap = board.against_best_floor(name, probe, metric) if ours else None
+                line.append(
+                    html.value_cell(signed(gap.value), interval(gap.low, gap.high, sign=True))
+                    if gap
+                    else ""
+                )
+            lines.append(line)
+        if lines:
+            groups.append((probe_words(probe), lines))
+    return html.table(head, groups)
+
+
+def probe_notes(board: Board) -> str:
+    """How to read the table: what the intervals are, and which are missing."""
+    text = (
+        "In brackets: 95 % intervals. Bold: the best of the column. "
+        "Δ is the encoder minus the best floor of that probe and metric; where the predictions of "
+        "both are there, its interval comes from drawing patients with replacement and scoring both "
+        "on the same draw, so it is sharper than the two separate intervals suggest."
+    )
+    if board.differences and not any(np.isfinite(d.low) for d in board.differences):
+        text += " Here the predictions are missing, so the differences have no intervals."
+    notes = "".join(html.missing(note) for note in board.notes)
+    return html.paragraph(text) + notes
+
+
+def class_table(board: Board) -> str:
+    """F1 of each class for the foreground encoder, and beneath it the best floor's."""
+    encoder = board.encoders[0]
+    probes = [
+        p
+        for p in board.probes
+        if any((encoder, p, f"f1/{c}") in board.cells for c in board.classes)
+    ]
+    if not probes:
+        return ""
+    head = ["Class"]
+    for probe in probes:
+        head += [f"{probe_words(probe)}: F1", "best floor"]
+    lines = []
+    for cls in board.classes:
+        line = [html.swatch(board.colours[cls], cls)]
+        for probe in probes:
+            metric = f"f1/{cls}"
+            row = board.cells.get((encoder, probe, metric))
+            floor = board.best(probe, metric, board.floors) if board.floors else None
+            other = board.cells[floor, probe, metric] if floor else None
+            ahead = row is not None and (other is None or row.value > other.value)
+            line.append(
+                html.value_cell(number(row.value), interval(row.ci_low, row.ci_high), best=ahead)
+                if row
+                else ""
+            )
+            line.append(
+                html.value_cell(number(other.value), encoder_words(floor or ""), best=not ahead)
+                if other
+                else ""
+            )
+        lines.append(line)
+    return html.table(head, [("", lines)])
+
+
+def all_numbers(rows: list[Row]) -> str:
+    """Every row of the result files, folded away."""
+    head = [
+        "Benchmark",
+        "Encoder",
+        "Probe",
+        "Split",
+        "Metric",
+        "Value",
+        "95 % interval",
+        "n",
+        "Seed",
+    ]
+    lines = []
+    for row in rows:
+        place = " · ".join(p for p in (row.benchmark, row.task, row.protocol) if p)
+        name = f"{row.encoder} {row.encoder_hash[:8]}".strip()
+        texts = [place, name, row.probe, row.split, metric_words(row.metric)]
+        numbers = [number(row.value, 4), interval(row.ci_low, row.ci_high), f"{row.n:,}", row.seed]
+        lines.append([html.esc(t) for t in [*texts, *numbers]])
+    return html.folded(f"All {len(rows):,} rows", html.table(head, [("", lines)], text_columns=5))

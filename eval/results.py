@@ -1,0 +1,221 @@
+"""Result rows and predictions on disk, and the table printed at the end.
+
+`results.jsonl` holds one metric a line and only grows: the lines of a probe are written by one call
+and synced. A key that is there is not computed again, so a killed job is finished by a rerun.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval import bootstrap, metrics
+from eval.table import Table
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """What makes two results the same measurement."""
+
+    encoder_hash: str
+    benchmark: str
+    version: str
+    protocol: str
+    probe: str
+    seed: int
+    split: str
+
+
+def key_of(row: Row) -> Key:
+    """The key of a row read from a file; missing fields count as empty."""
+    return Key(*(row.get(name, "") for name in Key._fields))
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a results.jsonl, [] where there is none; of equal (key, metric) the last one counts.
+
+    A line cut off by a crash is left out with a warning.
+    """
+    if not path.is_file():
+        return []
+    rows: dict[tuple[Any, ...], Row] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[(*key_of(row), row["metric"])] = row
+        except (ValueError, KeyError, AttributeError, TypeError):
+            log.warning("%s, line %d, is not a result row and is left out", path, number)
+    return list(rows.values())
+
+
+def complete(rows: list[Row], key: Key) -> list[Row]:
+    """The rows of `key` if every summary metric is among them, else []."""
+    mine = [row for row in rows if key_of(row) == key]
+    return mine if set(metrics.METRICS) <= {row["metric"] for row in mine} else []
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    """Add complete lines by one synced write; a torn last line of a crash is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            payload = b"\n" + payload
+        written = 0
+        while written < len(payload):
+            written += os.write(descriptor, payload[written:])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_rows(
+    key: Key,
+    found: dict[str, bootstrap.Interval],
+    *,
+    encoder: str,
+    task: str,
+    n: int,
+    seconds: float,
+    params: dict[str, float | int | str],
+) -> list[Row]:
+    """One row a metric; a value that is not defined becomes null.
+
+    Args:
+        found: from `bootstrap.intervals`.
+        n: nuclei that were scored.
+        seconds: wall time of the probe, without the features.
+    """
+    return [
+        {
+            "benchmark": key.benchmark,
+            "task": task,
+            "encoder": encoder,
+            "encoder_hash": key.encoder_hash,
+            "protocol": key.protocol,
+            "probe": key.probe,
+            "split": key.split,
+            "metric": metric,
+            "value": _number(interval.value),
+            "ci_low": _number(interval.low),
+            "ci_high": _number(interval.high),
+            "n": n,
+            "seed": key.seed,
+            "seconds": round(seconds, 3),
+            "version": key.version,
+            "params": params,
+        }
+        for metric, interval in found.items()
+    ]
+
+
+def predictions_path(out: Path, key: Key, *, encoder: str) -> Path:
+    """out/predictions/<encoder>-<probe>.npz, with digits where another key holds that name.
+
+    ':' and '/' of the encoder's name become '_'.
+    """
+    stem = re.sub(r"[:/\\\s]", "_", f"{encoder}-{key.probe}")
+    plain = out / "predictions" / f"{stem}.npz"
+    if not plain.is_file() or _stored_key(plain) in (key, None):
+        return plain
+    digits = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:8]
+    return plain.with_name(f"{stem}-{digits}.npz")
+
+
+def has_predictions(path: Path, key: Key) -> bool:
+    """Whether `path` is a readable predictions file of this key."""
+    return path.is_file() and _stored_key(path) == key
+
+
+def write_predictions(
+    path: Path, key: Key, table: Table, rows: np.ndarray, scores: np.ndarray, *, encoder: str
+) -> None:
+    """What a probe says about each nucleus, atomically, as .npz.
+
+    Arrays: labels, predicted int64 [n]; scores float32 [n, K]; patient, slide, image str [n];
+    x, y float64 [n]; row int64 [n] (of the table); confusion int64 [K, K]; classes str [K];
+    encoder and key: str scalars (the key as JSON).
+    """
+    from lemon_muse.data.files import write_atomic
+
+    labels, predicted = table.label[rows], scores.argmax(1)
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream,
+        labels=labels,
+        predicted=predicted.astype(np.int64),
+        scores=scores.astype(np.float32),
+        patient=table.patient[rows].astype(str),
+        slide=table.slide[rows].astype(str),
+        image=table.image[rows].astype(str),
+        x=table.x[rows],
+        y=table.y[rows],
+        row=np.asarray(rows, np.int64),
+        confusion=metrics.confusion(labels, predicted, classes=len(table.classes)),
+        classes=np.array(table.classes, str),
+        encoder=np.array(encoder),
+        key=np.array(json.dumps(list(key))),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, stream.getvalue())
+
+
+def _stored_key(path: Path) -> Key | None:
+    """The key inside a predictions file; None where the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Key(*json.loads(str(file["key"])))
+    except Exception:  # a damaged zip raises many kinds; the file is then written again
+        return None
+
+
+def summary(rows: list[Row], *, encoder: str) -> str:
+    """Plain, aligned text: the encoder, then its floors; two columns a probe with intervals."""
+    probes = list(dict.fromkeys(row["probe"] for row in rows))
+    names = list(dict.fromkeys(row["encoder"] for row in rows))
+    names.sort(key=lambda name: name != encoder)
+    cells = {(row["encoder"], row["probe"], row["metric"]): row for row in rows}
+    shown = (("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro-F1"))
+    lines = [["", *(f"{p} {words}" for p in probes for _, words in shown)]]
+    for position, name in enumerate(names):
+        values = [_cell(cells.get((name, p, metric))) for p in probes for metric, _ in shown]
+        lines.append([name, *values])
+        if position == 0 and len(names) > 1:
+            lines.append(["-" * len(name), *("" for _ in values)])
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Columns padded to one width, two spaces apart."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row["value"] is None:
+        return "-"
+    if row["ci_low"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
