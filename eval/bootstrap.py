@@ -1,7 +1,7 @@
 """Intervals and paired comparisons that resample PATIENTS, not nuclei.
 
-Nuclei of one patient resemble each other, so resampling nuclei would give intervals that are far too
-narrow. Patients are drawn with replacement; all nuclei of a drawn patient come along. A class that
+Nuclei of one patient resemble each other, so resampling nuclei would give far too narrow intervals.
+Patients are drawn with replacement; all nuclei of a drawn patient come along. A class that
 is absent from a draw is left out of that draw's mean (see `eval.metrics`).
 """
 

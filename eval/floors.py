@@ -1,9 +1,9 @@
 """Floors: what is reached without pretraining. A probe's figure means little without them.
 
-Every floor goes through the same probes on the same crops as the encoder. Scaling was chosen to make
-the floors high: on BRCA-M2C (60 / 12 / 18 images, 40 px at 0.25 mpp) the root of the histograms has
-balanced KNN .720 on val, plain histograms .682; standardised colour has .704 on val and .579 on test,
-plain colour .705 and .523.
+Every floor goes through the same probes on the same crops as the encoder. Scaling was chosen to
+make the floors high: on BRCA-M2C (60 / 12 / 18 images, 40 px, 0.25 mpp) the root of histograms has
+balanced KNN .720 on val, plain histograms .682; standardised colour has .704 on val and .579 on
+test, plain colour .705 and .523.
 """
 
 import copy

@@ -75,7 +75,7 @@ def auroc_pairs(
 
 
 def macro_auroc(won: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean one-vs-rest AUROC [R] for patient weights [R, P]; a class without both sides drops out."""
+    """Mean one-vs-rest AUROC [R] for patient weights [R, P]; classes with one side drop out."""
     values = []
     for k in range(len(won)):
         wins = np.einsum("rp,rp->r", weights @ won[k], weights)

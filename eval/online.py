@@ -28,6 +28,7 @@ def online_probe(
     cap: int = 2000,
     seed: int = 0,
     bank: str = "val",
+    bf16: bool = False,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A probe on held-out patients whose crops are read once and kept in memory.
 
@@ -40,6 +41,7 @@ def online_probe(
         seed: of the division of patients and the draw of nuclei.
         bank: 'val': val patients in two halves, alike in class counts, each the bank of the other;
             'train': train nuclei are the bank of all val nuclei. With a single val patient 'train'.
+        bf16: run the encoder under bfloat16 autocast.
 
     Returns:
         A function of an encoder (DESIGN's contract, window as given here) that leaves it in the
@@ -64,32 +66,47 @@ def online_probe(
         if not len(sides[0]):
             raise UserError(f"{root} has no train nucleus for the bank of the online probe.")
     sides = [np.sort(generator.permutation(rows)[:cap]) for rows in sides]
-    crops = [table.crops(size, mpp, rows) for rows in sides]
-    labels = [table.label[rows] for rows in sides]
-    classes = len(table.classes)
+    return OnlineProbe(table, sides, directions, size=size, mpp=mpp, bf16=bf16)
 
-    def probe(encoder: nn.Module) -> dict[str, float]:
-        if int(encoder.image_size) != size:  # type: ignore[arg-type]
-            raise ValueError(f"the probe holds crops of {size} px, not {encoder.image_size}")
+
+class OnlineProbe:
+    """Crops and labels of some sides, and which side is the bank of which; see `online_probe`."""
+
+    def __init__(
+        self,
+        table: Table,
+        sides: list[np.ndarray],
+        directions: list[tuple[int, int]],
+        *,
+        size: int,
+        mpp: float,
+        bf16: bool,
+    ) -> None:
+        self.size, self.bf16, self.directions = size, bf16, directions
+        self.crops = [table.crops(size, mpp, rows) for rows in sides]
+        self.labels = [table.label[rows] for rows in sides]
+        self.classes = len(table.classes)
+
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        if int(encoder.image_size) != self.size:  # type: ignore[arg-type]
+            raise ValueError(f"the probe holds crops of {self.size} px, not {encoder.image_size}")
         device = next(encoder.parameters()).device
         mode = {module: module.training for module in encoder.modules()}
         encoder.eval()
         try:
-            x = [encode(encoder, part, device=device) for part in crops]
+            x = [encode(encoder, part, device=device, bf16=self.bf16) for part in self.crops]
         finally:
             for module, training in mode.items():
                 module.training = training
-        matrix = np.zeros((classes, classes), np.int64)
-        for i, j in directions:
-            k = min(K, len(labels[i]))
-            votes = knn_votes(x[i], labels[i], x[j], classes=classes, ks=[k])[0]
-            matrix += metrics.confusion(labels[j], votes.argmax(1), classes=classes)
+        matrix = np.zeros((self.classes, self.classes), np.int64)
+        for i, j in self.directions:
+            k = min(K, len(self.labels[i]))
+            votes = knn_votes(x[i], self.labels[i], x[j], classes=self.classes, ks=[k])[0]
+            matrix += metrics.confusion(self.labels[j], votes.argmax(1), classes=self.classes)
         return {
             "probe/knn_balanced_accuracy": float(metrics.balanced_accuracy(matrix)),
             "probe/knn_macro_f1": float(metrics.macro_f1(matrix)),
         }
-
-    return probe
 
 
 def patient_halves(
@@ -108,6 +125,7 @@ def patient_halves(
     # One draw must have patients on both sides.
     side[0] = np.arange(len(names)) % 2
     unequal = np.abs((2 * side - 1) @ share).max(1)
+    # np.inf keeps a draw with an empty side from being chosen.
     unequal[(side.sum(1) == 0) | (side.sum(1) == len(names))] = np.inf
     chosen = side[int(np.argmin(unequal))][owner]
     return rows[chosen == 0], rows[chosen == 1]

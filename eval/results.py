@@ -1,4 +1,4 @@
-"""Result rows and predictions on disk, and the table printed at the end.
+"""Result rows and predictions on disk.
 
 `results.jsonl` holds one metric a line and only grows: the lines of a probe are written by one call
 and synced. A key that is there is not computed again, so a killed job is finished by a rerun.
@@ -181,40 +181,6 @@ def _stored_key(path: Path) -> Key | None:
             return Key(*json.loads(str(file["key"])))
     except Exception:  # a damaged zip raises many kinds; the file is then written again
         return None
-
-
-def summary(rows: list[Row], *, encoder: str) -> str:
-    """Plain, aligned text: the encoder, then its floors; two columns a probe with intervals."""
-    probes = list(dict.fromkeys(row["probe"] for row in rows))
-    names = list(dict.fromkeys(row["encoder"] for row in rows))
-    names.sort(key=lambda name: name != encoder)
-    cells = {(row["encoder"], row["probe"], row["metric"]): row for row in rows}
-    shown = (("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro-F1"))
-    lines = [["", *(f"{p} {words}" for p in probes for _, words in shown)]]
-    for position, name in enumerate(names):
-        values = [_cell(cells.get((name, p, metric))) for p in probes for metric, _ in shown]
-        lines.append([name, *values])
-        if position == 0 and len(names) > 1:
-            lines.append(["-" * len(name), *("" for _ in values)])
-    return aligned(lines)
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Columns padded to one width, two spaces apart."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in padded)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None or row["value"] is None:
-        return "-"
-    if row["ci_low"] is None:
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
 
 
 def _number(value: float) -> float | None:

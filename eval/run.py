@@ -60,7 +60,8 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
         UserError: an unknown benchmark, a data folder or encoder that cannot be read, a split
             without nuclei, a probe that the protocol does not have.
     """
-    from eval import benchmarks, results, sources
+    from eval import benchmarks, sources
+    from eval.summary import summary
 
     benchmark = benchmarks.find(cfg.benchmark)
     probes = _probes(cfg)
@@ -79,15 +80,13 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
         rows += _measure(cfg, source, table, benchmark, probes, version=version, device=device)
     if subject.network is not None and not subject.is_floor:
         _write_gallery(cfg, subject, table, benchmark)
+    scored = table.rows(cfg.split)
     print(
-        f"\n{benchmark.name}, {cfg.split}, {len(table.rows(cfg.split))} nuclei of "
-        f"{len(set(table.patient[table.rows(cfg.split)]))} patients, protocol {cfg.protocol}, "
+        f"\n{benchmark.name}, {cfg.split}: {len(scored)} nuclei of "
+        f"{len(set(table.patient[scored]))} patients, protocol {cfg.protocol}, "
         f"95 % intervals over patients\n"
     )
-    print(results.summary(rows, encoder=subject.name))
-    compared = _compare(cfg, subject, rows)
-    if compared:
-        print(f"\n{subject.name} minus floor, balanced accuracy, same nuclei\n\n{compared}")
+    print(summary(rows, encoder=subject.name, out=cfg.out, seed=cfg.seed))
     print(
         f"\nrows: {cfg.out / 'results.jsonl'}\npredictions: {cfg.out / 'predictions'}", flush=True
     )
@@ -163,7 +162,7 @@ def _measure(
         file = results.predictions_path(cfg.out, key, encoder=source.name)
         done = results.complete(known, key)
         if done and results.has_predictions(file, key):
-            rows += done
+            rows += [{**row, "encoder": source.name} for row in done]
             continue
         if x is None and source.features is not None:
             folder = cfg.out / "features"
@@ -218,44 +217,6 @@ def _probe(
     given = [Part(x[rows], table.label[rows], table.patient[rows]) for rows in parts.values()]
     extra: dict[str, Any] = {"protocol": cfg.protocol} if probe == "knn" else {}
     return PROBES[probe](*given, classes=classes, seed=cfg.seed, device=device, **extra)
-
-
-def _compare(cfg: Eval, subject: "Source", rows: list[dict[str, Any]]) -> str:
-    """Paired differences of balanced accuracy between the subject and every floor, as a table."""
-    import numpy as np
-
-    from eval import bootstrap, results
-
-    said: dict[tuple[str, str], Any] = {}
-    for row in rows:
-        said[row["encoder"], row["probe"]] = results.key_of(row)
-    names = [n for n in dict.fromkeys(row["encoder"] for row in rows) if n != subject.name]
-    probes = list(dict.fromkeys(row["probe"] for row in rows))
-    stored = {}
-    for (name, probe), key in said.items():
-        with np.load(results.predictions_path(cfg.out, key, encoder=name)) as file:
-            stored[name, probe] = {
-                k: file[k] for k in ("labels", "predicted", "patient", "classes")
-            }
-    lines = [["", *probes]]
-    for name in names:
-        cells = []
-        for probe in probes:
-            mine, other = stored[subject.name, probe], stored[name, probe]
-            found = bootstrap.paired_difference(
-                mine["predicted"],
-                other["predicted"],
-                mine["labels"],
-                mine["patient"],
-                classes=len(mine["classes"]),
-                seed=cfg.seed,
-            )["balanced_accuracy"]
-            cells.append(
-                f"{found['difference']:+.3f} [{found['ci_low']:+.3f}, {found['ci_high']:+.3f}] "
-                f"p {found['p']:.3f}"
-            )
-        lines.append([name, *cells])
-    return results.aligned(lines) if names else ""
 
 
 def _write_gallery(cfg: Eval, subject: "Source", table: "Table", benchmark: "Benchmark") -> None:

@@ -16,6 +16,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
     "train": ("launch.training", "Train", "pretrain a nucleus encoder on crop shards"),
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
+    "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),
 }
 USAGE = "usage: lemon-muse JOB [CONFIG.yaml] [key=value …] [--help] [--print-config]"

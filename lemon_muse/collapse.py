@@ -52,15 +52,15 @@ def diagnose(
             f"{health['feature_std']:.4f}); likely causes are a learning rate that is too high or a "
             f"teacher that is not the student at step 0. Lower optim.lr or set optim.clip=1."
         )
-    if health["top_share"] > 0.95:
-        return (
-            f"one-hot collapse: the same channel is the strongest in {health['top_share']:.0%} of the "
-            f"features. Lower optim.lr, or raise method.temperature."
-        )
     if health["effective_rank"] < 2 and dim > 8:
         return (
             f"dimensional collapse: the features span {health['effective_rank']:.1f} of {dim} "
             f"dimensions. Use stronger colour augmentation (view.policy) or a lower optim.lr."
+        )
+    if health["top_share"] > 0.95:
+        return (
+            f"one-hot collapse: the same channel is the strongest in {health['top_share']:.0%} of the "
+            f"features. Lower optim.lr, or raise method.temperature."
         )
     if step > 0.1 * steps and abs(loss - chance) < 0.01 * chance:
         return (

@@ -1,7 +1,7 @@
 """The settings of a training run and what they must satisfy; their defaults are LEMON's recipe."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -104,21 +104,32 @@ def check(cfg: Train, index: Index) -> None:
 
 
 def setting(cfg: Train, index: Index) -> Setting:
-    if cfg.normalise == "shards":
-        mean, std = _three(index.header["mean"]), _three(index.header["std"])
-    else:
+    """What the method is told, from the settings and the shards."""
+    mean, std = _three(index.header["mean"]), _three(index.header["std"])
+    if cfg.normalise != "shards":
         mean, std = NORMS[cfg.normalise]
+    return _setting(cfg, {"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std})
+
+
+def shard_facts(told: Setting) -> dict[str, Any]:
+    """What a checkpoint keeps of the shards, so that it can be opened without them."""
+    return {"stored": told.stored, "mpp": told.mpp, "mean": told.mean, "std": told.std}
+
+
+def setting_again(cfg: Train, facts: dict[str, Any]) -> Setting:
+    """The setting of a run, from its settings and `shard_facts`."""
+    return _setting(cfg, {**facts, "mean": _three(facts["mean"]), "std": _three(facts["std"])})
+
+
+def _setting(cfg: Train, facts: dict[str, Any]) -> Setting:
     return Setting(
         steps=cfg.steps,
         batch=cfg.batch // cfg.accumulate,
-        stored=index.size,
         window=cfg.window,
-        mpp=index.mpp,
-        mean=mean,
-        std=std,
         seed=cfg.seed,
         view=cfg.view,
         backbone=cfg.backbone,
+        **facts,
     )
 
 

@@ -49,8 +49,9 @@ def blobs(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     u = x * np.cos(angle)[:, None, None] + y * np.sin(angle)[:, None, None]
     v = -x * np.sin(angle)[:, None, None] + y * np.cos(angle)[:, None, None]
     inside = (u / long[:, None, None]) ** 2 + (v / wide[:, None, None]) ** 2 < 1
-    ground = rng.normal((205, 150, 190), 12, (n, size, size, 3))
-    dark = rng.normal((95, 60, 130), 20, (n, size, size, 3))
+    tint = rng.normal(0, 22, (n, 1, 1, 3))  # each nucleus has a stain of its own
+    ground = rng.normal((205, 150, 190), 12, (n, size, size, 3)) - tint
+    dark = rng.normal((95, 60, 130), 20, (n, size, size, 3)) + 1.5 * tint
     return np.where(inside[..., None], dark, ground).clip(0, 255).astype(np.uint8)
 
 

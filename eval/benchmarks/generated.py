@@ -148,8 +148,8 @@ def _read_nuclei(
             raise UserError(f"{path} has class '{name}'; the classes are {', '.join(classes)}.")
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(
-                f"{path} has a point at x {x:g}, y {y:g}, outside its image of {width} x {height} px; "
-                f"give pixels of the image."
+                f"{path} has a point at x {x:g}, y {y:g}, outside its image of "
+                f"{width} x {height} px; coordinates are pixels of the image."
             )
     if not points:
         log.warning("%s is empty: %s has no nucleus", path, slide["image"])

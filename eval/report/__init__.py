@@ -1,4 +1,4 @@
-"""`lemon-muse report`: one self-contained HTML page, its PNGs and `report.json` from result files."""
+"""`lemon-muse report`: one self-contained HTML page, its PNGs and `report.json` from results."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +15,41 @@ class Report(Config):
         description="results.jsonl files or folders that hold one, separated by commas"
     )
     run: Path | None = Field(
-        None, description="run folder with metrics.jsonl, config.yaml, run.json; for the curves"
+        default=None,
+        description="run folder with metrics.jsonl, config.yaml, run.json; for the curves",
     )
-    out: Path = Field(Path("report"), description="folder that gets the page and its pictures")
-    title: str = Field("", description="title of the page; empty: made from the encoder's name")
+    out: Path = Field(
+        default=Path("report"), description="folder that gets the page and its pictures"
+    )
+    title: str = Field(
+        default="", description="title of the page; empty: made from the encoder's name"
+    )
     encoder: str = Field(
-        "", description="encoder in the foreground; empty: the gallery's, else the newest row's"
+        default="",
+        description="encoder in the foreground; empty: the gallery's, else the newest row's",
     )
-    seed: int = Field(0, description="seed of the projection, the queries and the bootstrap")
-    neighbours: int = Field(10, ge=1, le=20, description="nearest crops shown for each query")
-    queries: int = Field(4, ge=1, le=20, description="query nuclei of each class")
-    nuclei: int = Field(4000, ge=50, le=20000, description="most nuclei on the morphological map")
+    seed: int = Field(
+        default=0, description="seed of the projection, the queries and the bootstrap"
+    )
+    neighbours: int = Field(
+        default=10, ge=1, le=20, description="nearest crops shown for each query"
+    )
+    queries: int = Field(default=4, ge=1, le=20, description="query nuclei of each class")
+    nuclei: int = Field(
+        default=4000, ge=50, le=20000, description="most nuclei on the morphological map"
+    )
     projection: Literal["tsne", "umap", "pca"] = Field(
-        "tsne", description="2-D projection of the map; umap needs the package umap-learn"
+        default="tsne", description="2-D projection of the map; umap needs the package umap-learn"
     )
     resamples: int = Field(
-        1000, ge=100, le=100000, description="bootstrap draws of patients for paired differences"
+        default=1000,
+        ge=100,
+        le=100000,
+        description="bootstrap draws of patients for paired differences",
     )
     projector: bool = Field(
-        True, description="also write the embedding for TensorBoard's projector (out/projector)"
+        default=True,
+        description="also write the embedding for TensorBoard's projector (out/projector)",
     )
 
     @field_validator("results", mode="before")

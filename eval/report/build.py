@@ -31,6 +31,8 @@ from lemon_muse import __version__
 from lemon_muse.errors import UserError
 
 Section = tuple[str, str, str]
+_OVERLAP = "overlapping bars settle no comparison; the paired differences in the table do."
+_RARE = "the F1 of a rare class depends on how rare it is, so it does not carry over to other data."
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def facts_of(material: Material) -> list[tuple[str, str]]:
         ("Content hash", row.encoder_hash[:16] if own else ""),
         ("Window", window),
         ("Data", data),
-        ("Scored on", f"{row.n:,} nuclei of {board.split or 'test'}{people}" if row.n else ""),
+        ("Scored on", f"{row.n:,} {board.split or 'test'} nuclei{people}" if row.n else ""),
         ("Version", ", ".join(sorted({r.version for r in some if r.version}))),
         ("Results of", time.strftime("%Y-%m-%d", time.gmtime(material.newest_file))),
     ]
@@ -168,11 +170,10 @@ def _probes(material: Material, drawn: list[Picture]) -> list[Section]:
         if whiskers:
             drawn.append(whiskers)
             caption = (
-                "Dots are values, bars 95 % intervals, the dashed line is the best floor. What lies "
-                "to the right of it is better than what can be had without pretraining."
+                "Dots are values, bars 95 % intervals, the dashed line is the best floor. What "
+                "lies to the right of it is better than what can be had without pretraining."
             )
-            body.append(html.figure(whiskers, caption, beware="overlapping bars do not settle a "
-                                    "comparison; the paired differences in the table do."))  # fmt: skip
+            body.append(html.figure(whiskers, caption, warn=_OVERLAP))
         out.append((f"probes{end}", f"Probes{of}", "\n".join(body)))
         classes = _classes(board, drawn, end)
         if classes:
@@ -188,14 +189,13 @@ def _classes(board: Board, drawn: list[Picture], end: str) -> str:
     if f1:
         drawn.append(f1)
         caption = "F1 of each class with its 95 % interval; rings are the floors."
-        body.append(html.figure(f1, caption, beware="the F1 of a rare class depends on how rare it "
-                                "is, so it cannot be carried over to other data."))  # fmt: skip
+        body.append(html.figure(f1, caption, warn=_RARE))
     matrix = pictures.confusions(board, f"confusion{end}")
     if matrix:
         drawn.append(matrix)
         caption = (
-            "Confusion matrices. Each row is a true class and adds up to 100 %; the diagonal is the "
-            "recall of the class, and its mean is the balanced accuracy. Counts stand beneath."
+            "Confusion matrices. Each row is a true class and adds up to 100 %; the diagonal is "
+            "the recall of the class, and its mean is the balanced accuracy. Counts stand beneath."
         )
         body.append(html.figure(matrix, caption))
     else:
@@ -213,7 +213,7 @@ def _gallery_sections(
     if gallery is None:
         why = html.missing(
             "No gallery.npz of this encoder lies beside the results: 'lemon-muse eval' writes it."
-        )  # noqa: E501
+        )
         return [("neighbours", names[0], why), ("map", names[1], why)]
     out = [("neighbours", names[0], _neighbours(cfg, gallery, drawn, numbers))]
     why = embedding.projectable(gallery)

@@ -41,7 +41,13 @@ nav a:hover { text-decoration:underline; }
   font-variant-numeric:tabular-nums; }
 .card .of { color:var(--muted); font-size:13px; font-variant-numeric:tabular-nums; }
 .card p { font-size:14px; line-height:1.5; margin:10px 0 0; }
-.state { font-weight:650; } .beats .state { color:var(--good); } .ahead .state { color:var(--fair); }
+.card ul { list-style:none; margin:6px 0 0; padding:0; font-size:13.5px; line-height:1.45;
+  font-variant-numeric:tabular-nums; }
+.card li { padding:2px 0; }
+.card p:empty { display:none; }
+.card .state { font-weight:650; }
+.beats .state { color:var(--good); }
+.ahead .state { color:var(--fair); }
 .behind .state { color:var(--poor); }
 .scroll { overflow-x:auto; margin:20px 0; }
 table { border-collapse:collapse; width:100%; font-size:14.5px; line-height:1.35; }
@@ -49,8 +55,11 @@ th { text-align:left; font-weight:600; color:var(--muted); font-size:13px; verti
 th,td { padding:7px 10px; border-bottom:1px solid var(--line); }
 td { vertical-align:top; }
 th:first-child, td:first-child { padding-left:0; }
-.num { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap; }
-.group th { color:var(--ink); padding-top:24px; font-size:15px; border-bottom:1px solid var(--ink); }
+.num { text-align:right; font-variant-numeric:tabular-nums; }
+td.num { white-space:nowrap; }
+td:first-child { min-width:11em; }
+.group th { color:var(--ink); padding-top:24px; font-size:15px;
+  border-bottom:1px solid var(--ink); }
 .ci { display:block; color:var(--muted); font-size:12px; font-weight:400; }
 .ours { font-weight:650; color:var(--accent); overflow-wrap:anywhere; }
 .floor { color:var(--muted); }
@@ -58,7 +67,7 @@ th:first-child, td:first-child { padding-left:0; }
   vertical-align:-1px; }
 .legend { display:flex; flex-wrap:wrap; gap:6px 24px; font-size:14px; margin:0 0 16px; }
 figure { margin:28px 0 40px; }
-figure img { display:block; max-width:100%; height:auto; background:#fff; border-radius:6px; }
+figure img { display:block; max-width:100%; height:auto; background:#fff; }
 figcaption { color:var(--muted); font-size:14px; line-height:1.5; margin-top:12px; max-width:54em; }
 .beware { color:var(--ink); }
 .beware::before { content:"Beware: "; font-weight:650; }
@@ -70,7 +79,7 @@ details { margin:14px 0; } summary { cursor:pointer; color:var(--accent); font-s
 details table { font-size:13px; }
 footer { margin-top:80px; padding-top:16px; border-top:1px solid var(--line); color:var(--muted);
   font-size:13px; }
-@media (prefers-color-scheme: dark) { figure img { padding:10px; } }
+@media (prefers-color-scheme: dark) { figure img { padding:10px; border-radius:6px; } }
 @media (max-width:640px) { main { padding:32px 18px 64px; } h1 { font-size:27px; } }
 @media print { :root { --ink:#000; --muted:#444; --line:#ccc; --soft:#f4f4f4; --page:#fff;
   --card:#fff; --accent:#8a2d6b; --good:#0b6e4f; --fair:#8a5a00; --poor:#a3341c; }

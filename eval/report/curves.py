@@ -5,27 +5,26 @@ from typing import Any
 import numpy as np
 
 from eval.report.inputs import RunFolder
-from eval.report.style import ACCENT, FAINT, INK, MUTED, WIDTH, Picture, canvas, drawn
+from eval.report.style import ACCENT, FAINT, INK, WIDTH, Picture, canvas, drawn
 
 _BLUE = "#0072B2"
 _MOST_POINTS = 1500
 
-# title, what the y axis says, keys (the first is drawn boldly), scale of the values
-_PANELS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
-    ("Loss", "", ("loss",), 1),
+# title, keys (the first is drawn boldly), scale of the values
+_PANELS: tuple[tuple[str, tuple[str, ...], float], ...] = (
+    ("Loss", ("loss",), 1),
     (
         "Online KNN on held-out patients",
-        "",
         ("probe/knn_balanced_accuracy", "probe/knn_macro_f1"),
         1,
     ),
-    ("Feature standard deviation", "", ("feature_std",), 1),
-    ("Effective rank of the features", "dimensions", ("effective_rank",), 1),
-    ("Uniformity", "lower = more evenly spread", ("uniformity",), 1),
-    ("Learning rate", "", ("lr",), 1),
-    ("Momentum of the teacher", "", ("momentum",), 1),
-    ("Throughput", "crops per second", ("crops_per_s",), 1),
-    ("Time spent waiting for data", "% of the step", ("data_wait",), 100),
+    ("Feature standard deviation", ("feature_std",), 1),
+    ("Effective rank of the features", ("effective_rank",), 1),
+    ("Uniformity (lower: better spread)", ("uniformity",), 1),
+    ("Learning rate", ("lr",), 1),
+    ("Momentum of the teacher", ("momentum",), 1),
+    ("Throughput, crops per second", ("crops_per_s",), 1),
+    ("Waiting for data, % of the step", ("data_wait",), 100),
 )
 _LABELS = {
     "probe/knn_balanced_accuracy": "balanced accuracy",
@@ -54,23 +53,21 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def learning_curves(folder: RunFolder) -> Picture | None:
     """Every panel for which the run has numbers, three in a row; None where it has none."""
-    panels = [p for p in _PANELS if any(key in folder.metrics for key in p[2])]
+    panels = [p for p in _PANELS if any(key in folder.metrics for key in p[1])]
     if not panels:
         return None
     rows = -(-len(panels) // 3)
-    with canvas(WIDTH, 30 + 185 * rows) as figure:
+    with canvas(WIDTH, 24 + 190 * rows) as figure:
         axes = figure.subplots(rows, 3, squeeze=False).ravel()
         end = max(float(steps[-1]) for steps, _ in folder.metrics.values())
-        for ax, (title, unit, keys, scale) in zip(axes, panels, strict=False):
+        for ax, (title, keys, scale) in zip(axes, panels, strict=False):
             _panel(ax, folder, keys, scale)
-            ax.set_title(title, pad=14 if unit else 6)
-            if unit:
-                ax.text(0, 1.02, unit, transform=ax.transAxes, fontsize=7, color=MUTED, va="bottom")
+            ax.set_title(title)
             ax.set_xlim(0, max(end, 1))
             ax.margins(y=0.12)
             ax.locator_params(axis="x", nbins=5)
-            if title != "Learning rate":
-                ax.ticklabel_format(axis="y", useOffset=False)
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_major_formatter("{x:,g}")
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
         for ax in axes[max(0, len(panels) - 3) : len(panels)]:
@@ -95,11 +92,11 @@ def _panel(ax: Any, folder: RunFolder, keys: tuple[str, ...], scale: float) -> N
         line = smooth(values, width)[::stride]
         label = _LABELS.get(key, "")
         ax.plot(steps[::stride], line, color=colour, lw=1.5, marker=marks, ms=3, label=label)
-        if marks and np.isfinite(values).any():
+        if marks and bold and np.isfinite(values).any():
             best = int(np.nanargmax(values))
             ax.annotate(
                 f"{values[best]:.3f}", (steps[best], values[best]), xytext=(0, 5),
-                textcoords="offset points", ha="center", fontsize=7, color=INK if bold else MUTED,
+                textcoords="offset points", ha="center", fontsize=7, color=INK,
             )  # fmt: skip
         bold = False
     if "chance" in folder.metrics and keys[0] == "loss":

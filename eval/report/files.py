@@ -14,7 +14,7 @@ _OWN_PICTURE = re.compile(r"[a-z0-9-]+\.png")
 
 
 def write(out: Path, text: str, drawn: list[Picture], numbers: dict[str, Any]) -> None:
-    """Write the page `text`, `report.json` and the PNGs; pictures of an older report are removed."""
+    """Write page, `report.json` and PNGs; an older report's further pictures are removed."""
     names = [f"{picture.name}.png" for picture in drawn]
     try:
         out.mkdir(parents=True, exist_ok=True)

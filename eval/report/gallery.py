@@ -2,17 +2,17 @@
 
 The file lies beside results.jsonl and is written by `eval` for the encoder in the foreground. Keys:
 
-| key          | dtype            | meaning                                                           |
-|--------------|------------------|-------------------------------------------------------------------|
-| features     | float32 [n, d]   | frozen features as the probes see them, not normalised            |
-| crops        | uint8 [n,S,S,3]  | the window that the encoder saw, RGB                              |
-| labels       | int64 [n]        | index into `classes`                                              |
-| classes      | str [K]          | class names in the benchmark's order                              |
-| split        | str [n]          | 'train', 'val' or 'test'                                          |
-| patient      | str [n]          | patient of the nucleus                                            |
-| encoder      | str scalar       | name as in the rows of results.jsonl; '' if unknown               |
-| encoder_hash | str scalar       | content hash as in the rows; '' if unknown                        |
-| mpp          | float64 scalar   | µm per pixel of `crops`; NaN if unknown                           |
+| key          | dtype           | meaning                                                         |
+|--------------|-----------------|-----------------------------------------------------------------|
+| features     | float32 [n, d]  | frozen features as the probes see them, not normalised          |
+| crops        | uint8 [n,S,S,3] | the window that the encoder saw, RGB                            |
+| labels       | int64 [n]       | index into `classes`                                            |
+| classes      | str [K]         | class names in the benchmark's order                            |
+| split        | str [n]         | 'train', 'val' or 'test'                                        |
+| patient      | str [n]         | patient of the nucleus                                          |
+| encoder      | str scalar      | name as in the rows of results.jsonl; '' if unknown             |
+| encoder_hash | str scalar      | content hash as in the rows; '' if unknown                      |
+| mpp          | float64 scalar  | µm per pixel of `crops`; NaN if unknown                         |
 
 n is at most `LIMIT`. The last three keys may be absent.
 """

@@ -34,13 +34,18 @@ def missing(text: str) -> str:
     return paragraph(text, "missing")
 
 
-def figure(picture: Picture, caption: str, *, beware: str = "") -> str:
+def beware(text: str) -> str:
+    """A warning of one or two sentences."""
+    return f'<p><span class="beware">{esc(text)}</span></p>'
+
+
+def figure(picture: Picture, caption: str, *, warn: str = "") -> str:
     """A picture with what to see in it, and what to beware of."""
-    warn = f' <span class="beware">{esc(beware)}</span>' if beware else ""
+    warning = f' <span class="beware">{esc(warn)}</span>' if warn else ""
     return (
         f'<figure id="fig-{esc(picture.name)}"><img src="{picture.uri}" width="{picture.width}" '
         f'height="{picture.height}" alt="{esc(picture.alt)}">'
-        f"<figcaption>{esc(caption)}{warn}</figcaption></figure>"
+        f"<figcaption>{esc(caption)}{warning}</figcaption></figure>"
     )
 
 
@@ -67,7 +72,8 @@ def table(
         lines = []
         if title:
             lines.append(
-                f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{esc(title)}</th></tr>'
+                f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">'
+                f"{esc(title)}</th></tr>"
             )
         for row in rows:
             cells = "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row))

@@ -26,8 +26,8 @@ def shell(title: str, top: str, sections: list[tuple[str, str, str]]) -> str:
         "img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{html.esc(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{top}\n"
         f'<nav aria-label="sections">{links}</nav>\n{body}\n'
-        f"<footer>Written by lemon-muse {html.esc(__version__)}. The pictures lie beside this page as "
-        "PNG files, the numbers as report.json.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Written by lemon-muse {html.esc(__version__)}. The pictures lie beside this page "
+        "as PNG files, the numbers as report.json.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -66,12 +66,20 @@ def retrieval(
             ]
         )
     head = ["Class of the query", "Queries", "Same class among neighbours", "By chance", "Ratio"]
+    note = "Stain, blur and crowding can make neighbours too: look for what they share."
+    if shared:
+        note += (
+            f" {shared} patients occur both among the queries and the train nuclei, so some "
+            "neighbours come from the query's own slide."
+        )
     parts = [
         html.paragraph(
-            "Each line starts with a nucleus of a test patient; beside it stand the train nuclei that "
-            "the encoder finds most alike (cosine), nearest first. The frame is the annotated class. "
-            f"One square is {window_words(gallery)}. The query is the nucleus in the middle."
+            "Each line starts with a nucleus of a test patient; beside it stand the train nuclei "
+            "that the encoder finds most alike (cosine), nearest first. The frame is the annotated "
+            "class of the nucleus in the middle. "
+            f"One square is {window_words(gallery)}."
         ),
+        html.beware(note),
         legend(gallery),
         html.table(head, [("", lines)]),
     ]
@@ -79,19 +87,10 @@ def retrieval(
         parts.append(
             html.figure(
                 picture,
-                f"Queries of class {cls}, drawn at random. At the end of a line: neighbours of the "
-                "query's class.",
+                f"Queries of class {cls}, drawn at random. At the end of a line: how many "
+                "neighbours are of the query's class.",
             )
         )
-    beware = (
-        "Look for what the neighbours share besides the class: stain, blur and crowding count too."
-    )
-    if shared:
-        beware += (
-            f" {shared} patients occur both among the queries and the train nuclei, so some "
-            "neighbours come from the query's own slide."
-        )
-    parts.append(html.paragraph(beware))
     return "\n".join(parts)
 
 
@@ -104,9 +103,9 @@ def morphology(
     name = {"tsne": "t-SNE", "umap": "UMAP", "pca": "principal components"}[method]
     first = (
         f"{shown:,} of {n:,} nuclei on a {name} map of the encoder's features (unit length, 50 "
-        "principal components). The map is cut into cells; each shows the nucleus that lies nearest "
-        "to its centre, framed in its class colour. Walk across it: neighbours should look alike, "
-        "and size, chromatin and crowding should change gradually."
+        "principal components). The map is cut into cells; each shows the nucleus that lies "
+        "nearest to its centre, framed in its class colour. Walk across it: neighbours should look "
+        "alike, and size, chromatin and crowding should change gradually."
     )
     own, chance = mixing
     second = (
@@ -120,15 +119,15 @@ def morphology(
             html.figure(
                 pictures[0],
                 first,
-                beware="distances between far groups mean little on such "
+                warn="distances between far groups mean little on such "
                 "a map, and a crowded cell hides all nuclei but one.",
-            ),  # fmt: skip
+            ),
             html.figure(
                 pictures[1],
                 second,
-                beware="islands of one patient mean that stain or "
+                warn="islands of one patient mean that stain or "
                 "scanner, not shape, sets the nuclei apart.",
-            ),  # fmt: skip
+            ),
         ]
     )
 

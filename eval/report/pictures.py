@@ -1,5 +1,6 @@
 """Plots of the probe results: values with intervals, F1 of each class, confusion matrices."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from eval.report.style import (
     short,
 )
 from eval.report.tables import PAIRED, Board
-from eval.report.words import METRIC_NAMES, encoder_words, probe_words
+from eval.report.words import METRIC_NAMES, probe_words
 
 _OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#D55E00")
 
@@ -73,7 +74,7 @@ def _whisker_panel(ax: Any, board: Board, rows: list[str], probe: str, metric: s
 
 
 def _name_rows(ax: Any, board: Board, rows: list[str]) -> None:
-    ax.set_yticks(range(len(rows)), [short(encoder_words(n), 34) for n in rows])
+    ax.set_yticks(range(len(rows)), [short(board.words(n), 36) for n in rows])
     for tick, name in zip(ax.yaxis.get_major_ticks(), rows, strict=True):
         tick.label1.set_color(INK if name in board.encoders else MUTED)
         tick.label1.set_fontweight("bold" if [name] == board.encoders[:1] else "normal")
@@ -133,9 +134,14 @@ def confusions(board: Board, name: str) -> Picture | None:
         for i, (ax, (probe, prediction)) in enumerate(zip(axes, found, strict=True)):
             k = len(prediction.classes)
             counts = confusion(prediction.labels, prediction.predicted, classes=k)
-            _matrix(ax, counts, [short(c, 18) for c in prediction.classes], first=i % columns == 0)
+            _matrix(ax, counts, [_lines(c) for c in prediction.classes], first=i % columns == 0)
             ax.set_title(probe_words(probe), pad=8)
         return drawn(figure, name, "Confusion matrices: true class down, predicted class across.")
+
+
+def _lines(name: str) -> str:
+    """A class name on two lines at most, so that names side by side do not overlap."""
+    return textwrap.fill(short(name, 24), 13, max_lines=2, placeholder="…")
 
 
 def _matrix(ax: Any, counts: np.ndarray, classes: list[str], *, first: bool) -> None:

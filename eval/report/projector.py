@@ -1,4 +1,4 @@
-"""The same embedding for TensorBoard's projector: vectors, class names and a sprite of thumbnails."""
+"""The same embedding for TensorBoard's projector: vectors, names, a sprite of thumbnails."""
 
 import shutil
 import tempfile

@@ -1,4 +1,4 @@
-"""Nearest neighbours: query nuclei of test patients and what the encoder finds among train crops."""
+"""Nearest neighbours: test nuclei and what the encoder finds most alike among train crops."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ def nearest(queries: np.ndarray, base: np.ndarray, k: int) -> np.ndarray:
 
 
 def retrieve(gallery: Gallery, k: int) -> Retrieval | None:
-    """Neighbours for every test nucleus; None without test nuclei or with fewer than k train ones."""
+    """Neighbours of every test nucleus; None without test nuclei or with under k train ones."""
     queries = np.flatnonzero(gallery.split == "test")
     base = np.flatnonzero(gallery.split == "train")
     if len(queries) == 0 or len(base) < k:
@@ -118,7 +118,7 @@ def sheet(gallery: Gallery, result: Retrieval, rows: list[int], *, name: str, al
 
 
 def framed(gallery: Gallery, row: int, side: int, frame: int) -> Image.Image:
-    """A nucleus's crop, scaled to a square of `side` picture pixels with a frame in its class colour."""
+    """A nucleus's crop, scaled to a square of `side` px with a frame in its class colour."""
     inner = side - 2 * frame
     crop = Image.fromarray(gallery.crops[row]).resize((inner, inner), Image.Resampling.BICUBIC)
     out = Image.new("RGB", (side, side), rgb(class_colour(int(gallery.labels[row]))))

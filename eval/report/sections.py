@@ -8,10 +8,9 @@ from eval.report import html
 from eval.report.inputs import Row, RunFolder
 from eval.report.style import Picture
 from eval.report.tables import PAIRED, Board
-from eval.report.verdict import headline, verdicts
+from eval.report.verdict import headline, score_lines, verdicts
 from eval.report.words import (
     METRIC_NAMES,
-    encoder_words,
     interval,
     metric_words,
     number,
@@ -19,24 +18,19 @@ from eval.report.words import (
     signed,
 )
 
-_STATES = {"beats": "Beats every floor.", "ahead": "Ahead, not beyond doubt.",
-           "behind": "Not above every floor.", "alone": "No floor."}  # fmt: skip
-
 
 def header(title: str, board: Board, facts: Sequence[tuple[str, str]]) -> str:
     """Title, verdict, what was measured, and one card a probe."""
     cards = []
     for verdict in verdicts(board):
-        row = board.cells.get((board.encoders[0], verdict.probe, "balanced_accuracy"))
-        second = board.cells.get((board.encoders[0], verdict.probe, "macro_f1"))
-        big = f'<div class="big">{number(row.value)}</div>' if row else ""
-        of = f"balanced accuracy {interval(row.ci_low, row.ci_high)}" if row else ""
-        if second:
-            of += f" · macro-F1 {number(second.value)} {interval(second.ci_low, second.ci_high)}"
+        big, scores = score_lines(board, verdict.probe)
+        of = "".join(f"<div>{html.esc(line)}</div>" for line in scores)
+        gaps = "".join(f"<li>{html.esc(line)}</li>" for line in verdict.lines)
         cards.append(
-            f'<div class="card {verdict.state}"><h3>{html.esc(probe_words(verdict.probe))}</h3>{big}'
-            f'<div class="of">{html.esc(of)}</div><p><span class="state">'
-            f"{_STATES[verdict.state]}</span> {html.esc(verdict.sentence)}</p></div>"
+            f'<div class="card {verdict.state}"><h3>{html.esc(probe_words(verdict.probe))}</h3>'
+            f'<div class="big">{html.esc(big)}</div><div class="of">{of}</div>'
+            f'<p class="state">{html.esc(verdict.sentence)}</p><ul>{gaps}</ul>'
+            f"<p>{html.esc(verdict.rest)}</p></div>"
         )
     return "\n".join(
         [
@@ -70,8 +64,8 @@ def curves(folder: RunFolder | None, picture: Picture | None) -> str:
         share = float(np.nanmean(folder.metrics["data_wait"][1])) * 100
         pairs.append(("Mean wait for data", f"{number(share, 1)} %"))
     caption = (
-        "A healthy run leaves the chance level (dashed) early, keeps the standard deviation and the "
-        "effective rank of its features well above zero, and waits for data for next to no time. "
+        "A healthy run leaves the chance level (dashed) early, keeps the standard deviation and "
+        "the effective rank of its features well above zero, and hardly waits for data. "
         "Pale lines are the logged values, dark ones a running mean."
     )
     beware = (
@@ -79,15 +73,15 @@ def curves(folder: RunFolder | None, picture: Picture | None) -> str:
         "on held-out patients of the pretraining data, not on the test patients below."
     )
     notes = "".join(html.paragraph(note, "missing") for note in folder.notes)
-    return html.facts(pairs) + html.figure(picture, caption, beware=beware) + notes
+    return html.facts(pairs) + html.figure(picture, caption, warn=beware) + notes
 
 
 def probe_table(board: Board) -> str:
-    """Encoders and floors by probe, 95 % intervals beneath, the best bold, differences to the right."""
+    """Encoders and floors by probe: 95 % intervals beneath, best bold, differences right."""
     metrics = board.metrics()
     paired = [m for m in PAIRED if m in metrics] if board.floors and board.encoders else []
     head = ["Encoder or floor", *(METRIC_NAMES[m] for m in metrics)]
-    head += [f"Δ {METRIC_NAMES[m]} to the best floor" for m in paired]
+    head += [f"lead, {METRIC_NAMES[m]}" for m in paired]
     groups = []
     for probe in board.probes:
         names = board.present(probe)
@@ -96,14 +90,14 @@ def probe_table(board: Board) -> str:
         for name in names:
             ours = name in board.encoders
             line = [f'<span class="{"ours" if ours else "floor"}" title="{html.esc(name)}">'
-                    f"{html.esc(encoder_words(name))}</span>"]  # fmt: skip
+                    f"{html.esc(board.words(name))}</span>"]  # fmt: skip
             for metric in metrics:
                 row = board.cells.get((name, probe, metric))
                 value, bounds = ("", "") if row is None else (
                     number(row.value), interval(row.ci_low, row.ci_high))  # fmt: skip
                 line.append(html.value_cell(value, bounds, best=best[metric] == name))
             for metric in paired:
-                gap = board.against_best_floor(name, probe, metric) if ours else None
+                gap = board.lead(name, probe, metric)
                 line.append(
                     html.value_cell(signed(gap.value), interval(gap.low, gap.high, sign=True))
                     if gap
@@ -119,9 +113,11 @@ def probe_notes(board: Board) -> str:
     """How to read the table: what the intervals are, and which are missing."""
     text = (
         "In brackets: 95 % intervals. Bold: the best of the column. "
-        "Δ is the encoder minus the best floor of that probe and metric; where the predictions of "
-        "both are there, its interval comes from drawing patients with replacement and scoring both "
-        "on the same draw, so it is sharper than the two separate intervals suggest."
+        "Lead: in an encoder's line its lead over the best floor; in a floor's line the lead of "
+        f"{board.encoders[0] if board.encoders else 'the encoder'} over that floor. Where the "
+        "predictions of both are there, the lead has an interval: patients are drawn with "
+        "replacement and both are scored on the same draw, which is sharper than comparing two "
+        "separate intervals."
     )
     if board.differences and not any(np.isfinite(d.low) for d in board.differences):
         text += " Here the predictions are missing, so the differences have no intervals."
@@ -157,7 +153,7 @@ def class_table(board: Board) -> str:
                 else ""
             )
             line.append(
-                html.value_cell(number(other.value), encoder_words(floor or ""), best=not ahead)
+                html.value_cell(number(other.value), board.words(floor or ""), best=not ahead)
                 if other
                 else ""
             )

@@ -1,4 +1,4 @@
-"""How the pictures look: one palette for classes everywhere, one matplotlib style, 2x resolution."""
+"""How the pictures look: one palette for classes, one matplotlib style, 2x resolution."""
 
 import base64
 import io
@@ -93,8 +93,9 @@ def canvas(width: float, height: float) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(width / 96, height / 96), dpi=DPI, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
         FigureCanvasAgg(figure)
         yield figure
 
@@ -120,5 +121,6 @@ def photographed(image: Image.Image, name: str, alt: str) -> Picture:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    # Level 9 would make photographs 2 % smaller and take five times as long.
+    image.save(buffer, format="PNG", compress_level=4 if image.mode == "RGB" else 9)
     return buffer.getvalue()

@@ -8,6 +8,7 @@ import numpy as np
 from eval.bootstrap import paired_difference
 from eval.report.inputs import Predictions, Row, predictions_file, read_predictions
 from eval.report.style import class_colour
+from eval.report.words import encoder_words
 
 METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc")
 PAIRED = ("balanced_accuracy", "macro_f1")
@@ -61,6 +62,11 @@ class Board:
         """Encoders, then floors: the rows of the table."""
         return self.encoders + self.floors
 
+    def words(self, name: str) -> str:
+        """A name as it reads; the window of a floor only where the floors have several."""
+        suffixes = {floor.partition("@")[2] for floor in self.floors if "@" in floor}
+        return encoder_words(name, window=len(suffixes) > 1)
+
     def metrics(self) -> list[str]:
         """The metrics of the table that any row has, in a fixed order."""
         return [m for m in METRICS if any(key[2] == m for key in self.cells)]
@@ -79,6 +85,15 @@ class Board:
         """The difference to the best floor of the same probe and metric."""
         floor = self.best(probe, metric, self.floors) if self.floors else None
         wanted = (encoder, floor, probe, metric)
+        return next(
+            (d for d in self.differences if (d.encoder, d.floor, d.probe, d.metric) == wanted), None
+        )
+
+    def lead(self, name: str, probe: str, metric: str) -> Difference | None:
+        """An encoder's lead over the best floor, or the first encoder's lead over a floor."""
+        if name in self.encoders:
+            return self.against_best_floor(name, probe, metric)
+        wanted = (self.encoders[0] if self.encoders else "", name, probe, metric)
         return next(
             (d for d in self.differences if (d.encoder, d.floor, d.probe, d.metric) == wanted), None
         )
@@ -145,7 +160,7 @@ def _floor_rank(name: str) -> int:
 
 
 def _add_predictions(board: Board) -> None:
-    """Read the predictions beside the rows; one that does not give the row's accuracy is left out."""
+    """Read the predictions beside the rows; one that does not give the row's accuracy is out."""
     for name in board.names:
         for probe in board.probes:
             row = next(

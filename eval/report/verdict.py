@@ -1,23 +1,33 @@
 """The sentence at the head of the page: which floors the encoder beats, and which it does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eval.report.tables import PAIRED, Board, Difference
-from eval.report.words import METRIC_NAMES, encoder_words, interval, listed, probe_words, signed
+from eval.report.words import (
+    METRIC_NAMES,
+    interval,
+    listed,
+    named,
+    number,
+    probe_words,
+    signed,
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What one probe says about the foreground encoder.
 
-    state: 'beats' (above every floor in every metric, intervals against the best one exclude 0),
-    'ahead' (above every floor, but chance is not excluded), 'behind' (some floor is not beaten) or
-    'alone' (there is no floor to compare with).
+    state: 'beats' (above every floor in balanced accuracy and macro-F1, and the intervals of the
+    differences to the best floor exclude 0), 'ahead' (above every floor, but chance is not
+    excluded), 'behind' (some floor is not beaten) or 'alone' (there is no floor to compare with).
     """
 
     probe: str
     state: str
     sentence: str
+    lines: list[str] = field(default_factory=list)
+    rest: str = ""
 
 
 def verdicts(board: Board) -> list[Verdict]:
@@ -34,32 +44,30 @@ def _verdict(board: Board, encoder: str, probe: str) -> Verdict:
         return Verdict(probe, "alone", "No floor was measured with this probe.")
     lost = [d for d in mine if d.value <= 0]
     if lost:
-        beaten = sorted(
-            {encoder_words(d.floor) for d in mine} - {encoder_words(d.floor) for d in lost}
-        )
-        sentence = f"Does not beat {listed([_against(d) for d in lost])}."
-        if beaten:
-            sentence += f" Ahead of {listed(beaten)} in both."
-        return Verdict(probe, "behind", sentence)
+        losers = list(dict.fromkeys(d.floor for d in lost))
+        beaten = [f for f in dict.fromkeys(d.floor for d in mine) if f not in losers]
+        sentence = f"Does not beat {listed([named(board.words(f)) for f in losers])}."
+        rest = f"Ahead of {listed([named(board.words(f)) for f in beaten])}." if beaten else ""
+        lines = [_line(board, d, say_floor=len(losers) > 1) for d in lost]
+        return Verdict(probe, "behind", sentence, lines, rest)
     best = [d for m in PAIRED if (d := board.against_best_floor(encoder, probe, m)) is not None]
     floors = len({d.floor for d in mine})
     every = "the only floor" if floors == 1 else f"all {floors} floors"
-    against = listed([_against(d) for d in best])
+    lines = [_line(board, d, say_floor=True) for d in best]
     if all(d.verdict == "above" for d in best):
-        return Verdict(probe, "beats", f"Beats {every}; the best one: {against}.")
+        return Verdict(probe, "beats", f"Beats {every}, the best one by", lines)
     why = (
-        "the interval includes 0, so it may be chance"
+        "The interval includes 0: this may be chance."
         if any(d.low <= 0 for d in best)
-        else "without predictions of both there is no interval"
+        else "Without predictions of both there is no interval."
     )
-    return Verdict(probe, "ahead", f"Ahead of {every}, the best one: {against}; {why}.")
+    return Verdict(probe, "ahead", f"Ahead of {every}, the best one by", lines, why)
 
 
-def _against(difference: Difference) -> str:
+def _line(board: Board, difference: Difference, *, say_floor: bool) -> str:
     bounds = interval(difference.low, difference.high, sign=True)
-    value = f"{signed(difference.value)} {bounds}".strip()
-    metric = METRIC_NAMES[difference.metric]
-    return f"{encoder_words(difference.floor)} in {metric} ({value})"
+    floor = f" ({board.words(difference.floor)})" if say_floor else ""
+    return f"{signed(difference.value)} {bounds} {METRIC_NAMES[difference.metric]}{floor}".strip()
 
 
 def headline(board: Board) -> str:
@@ -67,29 +75,48 @@ def headline(board: Board) -> str:
     found = verdicts(board)
     if not found:
         return "The results hold floors only: there is no encoder to judge."
-    groups: dict[str, list[str]] = {}
-    for verdict in found:
-        groups.setdefault(verdict.state, []).append(probe_words(verdict.probe))
     parts = []
-    if "beats" in groups:
-        parts.append(f"beats every floor with {listed(groups['beats'])}")
-    if "ahead" in groups:
-        parts.append(
-            f"is ahead of every floor with {listed(groups['ahead'])}, though not beyond doubt"
-        )
+    beats = [_gap(board, v.probe) for v in found if v.state == "beats"]
+    ahead = [_gap(board, v.probe) for v in found if v.state == "ahead"]
+    if beats:
+        parts.append(f"beats every floor with {listed(beats)}")
+    if ahead:
+        parts.append(f"is ahead of every floor with {listed(ahead)}, though not beyond doubt")
+    behind: dict[str, list[str]] = {}
     for verdict in found:
         if verdict.state == "behind":
-            parts.append(f"does not beat {_unbeaten(board, verdict.probe)} "
-                         f"with {probe_words(verdict.probe)}")  # fmt: skip
+            behind.setdefault(_unbeaten(board, verdict.probe), []).append(
+                probe_words(verdict.probe, inside=True)
+            )
+    parts += [f"does not beat {floors} with {listed(p)}" for floors, p in behind.items()]
     if not parts:
         return "No floor was measured, so the values stand alone."
-    return f"{board.encoders[0]} {'; it '.join(parts)}."
+    judged = f"{board.encoders[0]} {'; it '.join(parts)}."
+    return f"{judged} Differences are to the best floor, in balanced accuracy." if beats else judged
+
+
+def _gap(board: Board, probe: str) -> str:
+    """'logistic regression (+0.086)'."""
+    gap = board.against_best_floor(board.encoders[0], probe, "balanced_accuracy")
+    words = probe_words(probe, inside=True)
+    return f"{words} ({signed(gap.value)})" if gap else words
 
 
 def _unbeaten(board: Board, probe: str) -> str:
-    names = {
-        encoder_words(d.floor)
-        for d in board.differences
-        if (d.encoder, d.probe) == (board.encoders[0], probe) and d.value <= 0
-    }
-    return listed(sorted(names))
+    mine = [d for d in board.differences if (d.encoder, d.probe) == (board.encoders[0], probe)]
+    lost = dict.fromkeys(named(board.words(d.floor)) for d in mine if d.value <= 0)
+    return listed(list(lost))
+
+
+def score_lines(board: Board, probe: str) -> tuple[str, list[str]]:
+    """The large number of a card and the lines beneath it."""
+    big, lines = "", []
+    for metric in PAIRED:
+        row = board.cells.get((board.encoders[0], probe, metric))
+        if row is not None:
+            # The large number is not said twice: its line gives only what it is.
+            shown = number(row.value) if big else ""
+            big = big or number(row.value)
+            parts = (METRIC_NAMES[metric], shown, interval(row.ci_low, row.ci_high))
+            lines.append(" ".join(part for part in parts if part))
+    return big, lines

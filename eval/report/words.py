@@ -17,26 +17,39 @@ _FLOORS = {
     "floor:histogram": "colour histogram",
     "floor:pixel_pca": "PCA of raw pixels",
 }
-_PROBES = {"knn": "KNN", "logistic": "Logistic regression", "linear": "Linear probe (SGD)"}
+_PROBES = {"knn": "KNN", "logistic": "Logistic regression", "linear": "Linear probe"}
 
 
-def encoder_words(name: str) -> str:
-    """'floor:histogram@40px0.25' -> 'colour histogram (40 px, 0.25 µm/px)'; encoders stay as is."""
+def encoder_words(name: str, *, window: bool = True) -> str:
+    """'floor:histogram@40px0.25' -> 'colour histogram (40 px, 0.25 µm/px)'; encoders stay as is.
+
+    With `window=False` the part in brackets is left out.
+    """
     base, _, suffix = name.partition("@")
+    suffix = suffix if window else ""
     if base.startswith("random:"):
         words = f"random initialisation, {base.removeprefix('random:')}"
     elif base.startswith("floor:"):
         words = _FLOORS.get(base, base.removeprefix("floor:").replace("_", " "))
     else:
         return name
-    window = re.fullmatch(r"(\d+)px(\d*\.?\d+)", suffix)
-    if window:
-        return f"{words} ({window[1]} px, {window[2]} µm/px)"
+    size = re.fullmatch(r"(\d+)px(\d*\.?\d+)", suffix)
+    if size:
+        return f"{words} ({size[1]} px, {size[2]} µm/px)"
     return f"{words} ({suffix})" if suffix else words
 
 
-def probe_words(probe: str) -> str:
-    """'knn' -> 'KNN'; a name that is not known stays."""
+def named(words: str) -> str:
+    """With its article, where a sentence needs one."""
+    return f"the {words}" if words.startswith(("colour histogram", "majority class")) else words
+
+
+def probe_words(probe: str, *, inside: bool = False) -> str:
+    """'knn' -> 'KNN', 'linear' -> 'Linear probe' ('the linear probe' inside a sentence)."""
+    if inside:
+        return {"logistic": "logistic regression", "linear": "the linear probe"}.get(
+            probe, probe_words(probe)
+        )
     return _PROBES.get(probe, probe)
 
 

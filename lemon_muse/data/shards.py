@@ -105,7 +105,6 @@ def open_index(folder: Path) -> Index:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         rows = (folder / "blocks.npy").read_bytes()
-        blocks = np.load(io.BytesIO(rows), allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the index of {folder} is not readable ({error}); make the set anew.") from None
     if header.get("schema") != SCHEMA or header.get("kind") != "crops":
@@ -113,8 +112,9 @@ def open_index(folder: Path) -> Index:
             f"{path} has schema {header.get('schema')!r} of {header.get('kind')!r}, but this version "
             f"reads schema {SCHEMA} of 'crops'."
         )
-    if blocks.dtype != BLOCK or zlib.crc32(rows) != header["blocks_crc"]:
+    if zlib.crc32(rows) != header["blocks_crc"]:
         raise UserError(f"{folder}/blocks.npy does not belong to its index.json; make the set anew.")
+    blocks = np.load(io.BytesIO(rows), allow_pickle=False)
     for shard in header["shards"]:
         file = folder / shard["name"]
         size = file.stat().st_size if file.is_file() else None

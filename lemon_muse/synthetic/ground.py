@@ -79,12 +79,12 @@ def _smear(
     `follow` looks the direction up again at every step (curved paths), else paths are straight.
     """
     height, width = pattern.shape
-    rows, cols = np.indices(pattern.shape, dtype=np.float32)
+    grid: np.ndarray = np.indices(pattern.shape, dtype=np.float32)
     flat, flat_cos, flat_sin = pattern.ravel(), cos.ravel(), sin.ravel()
     total = pattern.copy()
     for sign in (1.0, -1.0):
         dx, dy = cos * np.float32(sign), sin * np.float32(sign)
-        x, y = cols.copy(), rows.copy()
+        y, x = grid.copy()
         for _ in range(reach):
             x += dx
             y += dy

@@ -80,8 +80,8 @@ class Regions:
     """Fields over a square world of `side` µm (and `MARGIN` around it).
 
     `tissue`, `tumour` and `fat` are about the signed distance to the border in µm, positive
-    inside; `lymphoid`, `plasma`, `loose` and `focus` lie in [0, 1]; `cos`, `sin` are twice the angle of the
-    fibres; `cleft` is the local width of the gap around nests, µm.
+    inside; `lymphoid`, `plasma`, `loose` and `focus` lie in [0, 1]; `cos`, `sin` are of twice the
+    angle of the fibres; `cleft` is the local width of the gap around nests, µm.
     """
 
     def __init__(self, noise: Noise, look: Style, side: float, *, glass: bool) -> None:

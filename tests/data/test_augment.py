@@ -8,7 +8,12 @@ import pytest
 import torch
 from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as F
-from view_reference import (
+
+from lemon_muse import config as settings
+from lemon_muse.data import augment
+from lemon_muse.data.augment import ViewConfig
+from lemon_muse.errors import UserError
+from tests.data.view_reference import (
     NORM,
     STORED,
     UNIT,
@@ -21,11 +26,6 @@ from view_reference import (
     smooth_crops,
     theta,
 )
-
-from lemon_muse import config as settings
-from lemon_muse.data import augment
-from lemon_muse.data.augment import ViewConfig
-from lemon_muse.errors import UserError
 
 # Settings ---------------------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as F
-from view_reference import (
+
+from lemon_muse.data import augment, augment_ops
+from lemon_muse.data.augment import ViewConfig
+from tests.data.view_reference import (
     NORM,
     STORED,
     UNIT,
@@ -20,9 +23,6 @@ from view_reference import (
     smooth_crops,
     theta,
 )
-
-from lemon_muse.data import augment, augment_ops
-from lemon_muse.data.augment import ViewConfig
 
 # Colour -----------------------------------------------------------------------------------------
 

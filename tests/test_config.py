@@ -1,0 +1,115 @@
+"""Settings: strict, explained, printable, and every one of them read by some code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from launch import cli
+from lemon_muse.config import Config, dump, flat_keys, help_text, load
+from lemon_muse.errors import UserError
+from lemon_muse.recipe import Train
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+class Inner(Config):
+    """Inner things."""
+
+    rate: float = Field(1.0, gt=0, description="a rate, 1/s")
+
+
+class Outer(Config):
+    """Outer things."""
+
+    count: int = Field(3, description="how many")
+    inner: Inner = Field(Inner(), description="inner")
+    place: Path | None = Field(None, description="a folder")
+
+
+def test_words_override_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("count: 5\ninner: {rate: 1e-3}\n")  # PyYAML reads 1e-3 as text; the type mends it
+    cfg = load(Outer, [str(file), "count=7", "place=/x=y"])
+    assert (cfg.count, cfg.inner.rate, cfg.place) == (7, 1e-3, Path("/x=y"))
+
+
+def test_what_is_printed_can_be_fed_back(tmp_path: Path) -> None:
+    cfg = load(Outer, ["inner.rate=0.25", "place=/tmp"])
+    (tmp_path / "b.yaml").write_text(dump(cfg))
+    assert load(Outer, [str(tmp_path / "b.yaml")]) == cfg
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inner.rat=2"], "unknown key 'inner.rat'; did you mean 'inner.rate'?"),
+        (["conut=2"], "unknown key 'conut'; did you mean 'count'?"),
+        (["count=many"], "'count' is 'many': input should be a valid integer"),
+        (["inner.rate=-1"], "'inner.rate' is -1: input should be greater than 0"),
+        (["count"], "'count' is neither key=value nor a YAML file"),
+        (["nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+        (["inner=3"], "'inner' is 3"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(Outer, words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: [1,\n")
+    with pytest.raises(UserError, match=r"c\.yaml is not readable YAML"):
+        load(Outer, [str(tmp_path / "c.yaml")])
+
+
+def test_help_shows_every_key_with_its_default() -> None:
+    text = help_text(Outer)
+    for key in flat_keys(Outer):
+        assert key in text
+    assert "a rate, 1/s" in text and "default 1.0" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_loads_and_opens_with_its_command(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert first.startswith("#") and "lemon-muse train" in first
+    assert "score" in first.lower()
+    cfg = load(Train, [str(path), "data=somewhere"])
+    assert load(Train, [str(path), "data=somewhere"]) == cfg
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 2
+
+
+def all_models() -> list[type[Config]]:
+    import importlib
+
+    return [getattr(importlib.import_module(m), name) for m, name, _ in cli.JOBS.values()]
+
+
+def test_every_field_is_read_by_some_code() -> None:
+    """A key that nobody reads would be accepted and ignored."""
+    source = "".join(
+        p.read_text(encoding="utf-8")
+        for room in ("lemon_muse", "data_prep", "eval", "launch")
+        for p in (ROOT / room).rglob("*.py")
+    )
+    unread = []
+    for model in all_models():
+        for key in flat_keys(model):
+            leaf = key.split(".")[-1]
+            if not re.search(rf"\.{leaf}\b(?!\s*=[^=])", source):
+                unread.append(f"{model.__name__}.{key}")
+    assert not unread
+
+
+def test_every_field_says_what_it_is() -> None:
+    def walk(model: type[Config]) -> list[str]:
+        return [f"{model.__name__}.{n}" for n, f in model.model_fields.items() if not f.description]
+
+    assert not [name for model in all_models() for name in walk(model)]
