@@ -4,10 +4,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from launch import training
 from lemon_muse.config import Config
+
+if TYPE_CHECKING:
+    from lemon_muse.recipe import Train
 
 
 class Demo(Config):
@@ -20,6 +25,7 @@ class Demo(Config):
     recipe: str | None = Field(
         None, description="training recipe; none = demo.yaml, or demo_brca.yaml with data="
     )
+    mpp: float = Field(0.25, gt=0, description="µm per pixel of the crops")
     steps: int | None = Field(None, gt=0, description="steps of pretraining; none = as in the recipe")
     slides: int = Field(24, ge=3, description="generated slides (without data=)")
     side: int = Field(1024, ge=256, description="side of a generated slide, px at 0.25 µm/px")
@@ -33,14 +39,16 @@ def run(cfg: Demo) -> Path:
     began = time.monotonic()
     _announce(cfg)
     data = cfg.data or _generate(cfg)
-    shards = _prepare(cfg, data)
-    run_folder = _train(cfg, data, shards)
     benchmark = _benchmark(data)
-    _evaluate(cfg, run_folder, benchmark, data)
-    _export(cfg, run_folder)
-    _report(cfg, run_folder, data)
+    recipe = _recipe(cfg, data, benchmark)
+    _prepare(cfg, data, recipe)
+    _part(f"3/6 pretrain: {recipe.steps} steps of {recipe.batch} crops")
+    training.run(recipe)
+    _evaluate(cfg, benchmark, data)
+    _export(cfg)
+    _report(cfg)
     minutes = (time.monotonic() - began) / 60
-    print(f"\ndone in {minutes:.1f} min on {_cores()} cores. Open {cfg.out / 'report' / 'report.html'}")
+    print(f"\ndone in {minutes:.1f} min on {os.cpu_count()} cores. Open {cfg.out / 'report' / 'index.html'}")
     return cfg.out / "report"
 
 
@@ -67,19 +75,73 @@ def _generate(cfg: Demo) -> Path:
     return folder
 
 
-def _prepare(cfg: Demo, data: Path) -> Path:
+def _prepare(cfg: Demo, data: Path, recipe: "Train") -> Path:
     from data_prep import check, crops
-    from lemon_muse.config import load
 
-    _part("2/6 prepare: crops around nuclei, positions only, no types")
-    recipe = load(_train_model(), [_recipe_name(cfg), "data=x"])
-    stored = crops.stored_size(recipe.window)
-    # Pretraining must not see a class: the types are not even written.
+    _part("2/6 prepare: crops around nuclei; positions only, no types")
     made = crops.run(
         crops.Crops(
-            data=data, out=cfg.out / "crops", split="train", types=False, mpp=_mpp(cfg),
-            size=stored, seed=cfg.seed, workers=cfg.workers,
+            data=data,
+            out=cfg.out / "crops",
+            split="train",
+            types=False,  # pretraining must not see a class: it is not even written
+            mpp=cfg.mpp,
+            size=crops.stored_size(recipe.window),
+            seed=cfg.seed,
+            workers=cfg.workers,
         )
-    )  # fmt: skip
+    )
     check.run(check.Check(data=made, batch=recipe.batch, out=cfg.out / "check"))
     return made
+
+
+def _recipe(cfg: Demo, data: Path, benchmark: str) -> "Train":
+    """The training settings: the recipe file with this demo's folders."""
+    from lemon_muse.config import load
+    from lemon_muse.recipe import Train
+
+    name = cfg.recipe or ("demo_brca.yaml" if cfg.data else "demo.yaml")
+    words = [
+        name,
+        f"data={cfg.out / 'crops'}",
+        f"out={cfg.out / 'run'}",
+        f"seed={cfg.seed}",
+        f"workers={cfg.workers}",
+        f"device={cfg.device}",
+        f"probe.benchmark={benchmark}",
+        f"probe.root={data}",
+    ]
+    return load(Train, words + ([f"steps={cfg.steps}"] if cfg.steps else []))
+
+
+def _evaluate(cfg: Demo, benchmark: str, data: Path) -> None:
+    from eval import run as evaluation
+
+    _part("4/6 probe: frozen features, beside floors, on patients never seen")
+    evaluation.run(
+        evaluation.Eval(
+            encoder=str(cfg.out / "run"),
+            benchmark=benchmark,
+            root=data,
+            out=cfg.out / "eval",
+            seed=cfg.seed,
+            workers=cfg.workers,
+            device=cfg.device,
+        )
+    )
+
+
+def _export(cfg: Demo) -> None:
+    from lemon_muse.export import job
+
+    _part("5/6 export")
+    job.run(job.Export(run=cfg.out / "run", format="timm", out=cfg.out / "export" / "timm"))
+
+
+def _report(cfg: Demo) -> None:
+    from eval import report
+
+    _part("6/6 report")
+    report.run(
+        report.Report(results=str(cfg.out / "eval"), run=cfg.out / "run", out=cfg.out / "report")
+    )

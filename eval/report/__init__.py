@@ -63,7 +63,7 @@ class Report(Config):
 
 
 def run(cfg: Report) -> Path:
-    """Write `index.html`, `report.json`, the PNGs and the projector folder into `cfg.out`.
+    """Write `report.html`, `report.json`, the PNGs and the projector folder into `cfg.out`.
 
     The page is a pure function of its inputs: the same files and settings give the same bytes.
 

@@ -40,7 +40,8 @@ class Material:
     """Everything that was read."""
 
     rows: list[Row]
-    replaced: int
+    everything: list[Row]
+    notes: list[str]
     boards: list[Board]
     gallery: Gallery | None
     folder: RunFolder | None
@@ -57,14 +58,8 @@ def build(cfg: Report) -> Path:
     run = str(cfg.run or "")
     again = page.reproduce(command_of(cfg), material.rows, material.folder, run)
     parts.append(("reproduce", "How to reproduce", again))
-    replaced = (
-        html.paragraph(
-            f"{material.replaced} earlier rows of the same measurement were replaced by later ones."
-        )
-        if material.replaced
-        else ""
-    )
-    parts.append(("numbers", "All numbers", replaced + sections.all_numbers(material.rows)))
+    notes = "".join(html.missing(note) for note in material.notes)
+    parts.append(("numbers", "All numbers", notes + sections.all_numbers(material.everything)))
     board = material.boards[0]
     title = cfg.title or (board.encoders[0] if board.encoders else f"Floors of {board.benchmark}")
     top = sections.header(title, board, facts_of(material))
@@ -77,8 +72,15 @@ def build(cfg: Report) -> Path:
 def gather(cfg: Report) -> Material:
     """Read and check all inputs before anything is drawn."""
     files = list(dict.fromkeys(results_file(name) for name in cfg.results))
-    everything = [row for file in files for row in read_results(file)]
+    read = [read_results(file) for file in files]
+    everything = [row for rows, _ in read for row in rows]
+    notes = [note for _, some in read for note in some]
     rows = newest(everything)
+    if len(rows) < len(everything):
+        notes.append(
+            f"{len(everything) - len(rows)} rows were measured again later or with another seed; "
+            "they stand below, but not in the tables above."
+        )
     found = [f.parent / galleries.NAME for f in files if (f.parent / galleries.NAME).is_file()]
     opened = [galleries.read_gallery(p, limit=cfg.nuclei, seed=cfg.seed) for p in found]
     name, code = foreground(cfg.encoder, rows, opened)
@@ -97,7 +99,7 @@ def gather(cfg: Report) -> Material:
     table.sort(key=lambda b: shown not in b.encoders)
     folder = read_run(cfg.run) if cfg.run else None
     modified = max(f.stat().st_mtime for f in files)
-    return Material(rows, len(everything) - len(rows), table, gallery, folder, modified)
+    return Material(rows, everything, notes, table, gallery, folder, modified)
 
 
 def foreground(wanted: str, rows: list[Row], opened: list[Gallery]) -> tuple[str, str]:
@@ -135,7 +137,8 @@ def facts_of(material: Material) -> list[tuple[str, str]]:
         ("Window", window),
         ("Data", data),
         ("Scored on", f"{row.n:,} {board.split or 'test'} nuclei{people}" if row.n else ""),
-        ("Version", ", ".join(sorted({r.version for r in some if r.version}))),
+        ("Version of the data", board.version),
+        *page.run_facts(material.folder),
         ("Results of", time.strftime("%Y-%m-%d", time.gmtime(material.newest_file))),
     ]
 
@@ -288,9 +291,10 @@ def report_json(title: str, material: Material, numbers: dict[str, Any]) -> dict
         "title": title,
         "version": __version__,
         "verdict": headline(material.boards[0]),
-        "rows": [row.as_json() for row in material.rows],
+        "rows": [row.as_json() for row in material.everything],
         "differences": [
-            {"benchmark": b.benchmark, "task": b.task, "protocol": b.protocol, "split": b.split}
+            {"benchmark": b.benchmark, "task": b.task, "protocol": b.protocol}
+            | {"split": b.split, "version": b.version}
             | {k: none_if_nan(v) for k, v in asdict(d).items()}
             for b in material.boards
             for d in b.differences

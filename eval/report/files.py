@@ -9,7 +9,7 @@ from typing import Any
 from eval.report.style import Picture
 from lemon_muse.errors import UserError
 
-PAGE, NUMBERS = "index.html", "report.json"
+PAGE, NUMBERS = "report.html", "report.json"
 _OWN_PICTURE = re.compile(r"[a-z0-9-]+\.png")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eval.results import Key, predictions_path
 from lemon_muse.errors import UserError
 
 FLOOR_PREFIXES = ("floor:", "random:")
@@ -46,7 +46,7 @@ class Row:
     @property
     def same(self) -> tuple[str, ...]:
         """What makes two rows the same measurement."""
-        names = (self.benchmark, self.task, self.protocol, self.split)
+        names = (self.benchmark, self.task, self.protocol, self.split, self.version)
         return (*names, self.encoder, self.encoder_hash, self.probe, self.metric)
 
     def as_json(self) -> dict[str, Any]:
@@ -98,9 +98,12 @@ def results_file(name: str) -> Path:
     return path
 
 
-def read_results(path: Path) -> list[Row]:
-    """All rows of one results.jsonl in the order in which they were written."""
-    rows = []
+def read_results(path: Path) -> tuple[list[Row], list[str]]:
+    """All rows of one results.jsonl in the order in which they were written, and what to note.
+
+    A row that a killed job left cut off is noted; any other malformed line is a `UserError`.
+    """
+    rows, notes = [], []
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -108,6 +111,9 @@ def read_results(path: Path) -> list[Row]:
         try:
             tree = json.loads(line)
         except json.JSONDecodeError as error:
+            if _is_cut_off(line.rstrip(), error):
+                notes.append(f"Line {number} of {path.name} is cut off and was left out.")
+                continue
             raise UserError(
                 f"{where}: not readable as JSON ({error.msg}); mend or delete the line."
             ) from None
@@ -116,7 +122,13 @@ def read_results(path: Path) -> list[Row]:
         rows.append(_row(tree, where, path))
     if not rows:
         raise UserError(f"{path} holds no rows; run 'lemon-muse eval' first.")
-    return rows
+    return rows, notes
+
+
+def _is_cut_off(line: str, error: json.JSONDecodeError) -> bool:
+    """Whether a line is the beginning of an object that just stops."""
+    at_end = error.pos >= len(line) or error.msg.startswith("Unterminated string")
+    return line.startswith('{"') and at_end
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -174,10 +186,11 @@ def newest(rows: list[Row]) -> list[Row]:
     return [row for i, row in enumerate(rows) if last[row.same] == i]
 
 
-def predictions_file(source: Path, encoder: str, probe: str) -> Path:
+def predictions_file(row: Row) -> Path:
     """Where `eval` leaves the predictions of a row: ':' and '/' of the names become '_'."""
-    stem = re.sub(r"[:/]", "_", f"{encoder}-{probe}")
-    return source.parent / "predictions" / f"{stem}.npz"
+    names = (row.encoder_hash, row.benchmark, row.version, row.protocol, row.probe)
+    key = Key(*names, row.seed, row.split)
+    return predictions_path(row.source.parent, key, encoder=row.encoder)
 
 
 def read_predictions(path: Path) -> Predictions:

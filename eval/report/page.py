@@ -140,6 +140,25 @@ def projector(folder: str, n: int, columns: int) -> str:
     ) + html.code(f"tensorboard --logdir {shlex.quote(folder)}")
 
 
+def run_facts(folder: RunFolder | None) -> list[tuple[str, str]]:
+    """Day, code version and git state of the run's last start, as run.json gives them."""
+    starts = folder.info.get("starts") if folder else None
+    last = starts[-1] if isinstance(starts, list) and starts else {}
+    if not isinstance(last, dict):
+        return []
+    git = str(last.get("git", "none"))
+    code = f"lemon-muse {last['version']}" if last.get("version") else ""
+    commit = f" ({git[:24]})" if code and git != "none" else ""
+    return [("Trained", str(last.get("time", ""))[:10]), ("Trained with", code + commit)]
+
+
+def _without_host(tree: Any) -> Any:
+    """run.json without the machine's name: the page may travel farther than the run folder."""
+    if isinstance(tree, dict):
+        return {k: _without_host(v) for k, v in tree.items() if k != "host"}
+    return [_without_host(v) for v in tree] if isinstance(tree, list) else tree
+
+
 def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str) -> str:
     """Commands, settings and versions."""
     lines = []
@@ -159,7 +178,7 @@ def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str)
         html.facts(
             [
                 ("Seeds of the probes", ", ".join(map(str, seeds))),
-                ("Version of the probes", ", ".join(versions)),
+                ("Version of the data", ", ".join(versions)),
                 ("Time of the probes", f"{seconds:,.0f} s" if seconds else ""),
             ]
         )
@@ -174,6 +193,6 @@ def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str)
         text = yaml.safe_dump(folder.config, sort_keys=False, width=100, allow_unicode=True)
         parts.append(html.folded("Settings of the run (config.yaml)", html.code(text)))
     if folder is not None and folder.info:
-        text = json.dumps(folder.info, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(_without_host(folder.info), indent=2, ensure_ascii=False, default=str)
         parts.append(html.folded("Versions and code of the run (run.json)", html.code(text)))
     return "\n".join(parts)

@@ -63,6 +63,9 @@ def curves(folder: RunFolder | None, picture: Picture | None) -> str:
     if "data_wait" in folder.metrics:
         share = float(np.nanmean(folder.metrics["data_wait"][1])) * 100
         pairs.append(("Mean wait for data", f"{number(share, 1)} %"))
+    if "mfu" in folder.metrics:
+        share = float(np.nanmedian(folder.metrics["mfu"][1])) * 100
+        pairs.append(("Median FLOPs utilisation", f"{number(share, 1)} %"))
     caption = (
         "A healthy run leaves the chance level (dashed) early, keeps the standard deviation and "
         "the effective rank of its features well above zero, and hardly waits for data. "

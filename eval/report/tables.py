@@ -15,7 +15,7 @@ PAIRED = ("balanced_accuracy", "macro_f1")
 _PROBES = ("knn", "logistic", "linear", "ridge")
 _FLOORS = ("random:", "floor:histogram", "floor:pixel_pca", "floor:colour", "floor:majority")
 # A predictions file belongs to a row only if it gives the row's accuracy; rows may be rounded.
-_SAME_ACCURACY = 2e-3
+_SAME_ACCURACY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Board:
-    """All measurements of one benchmark, task, protocol and split."""
+    """All measurements of one benchmark, task, protocol, split and version."""
 
     benchmark: str
     task: str
     protocol: str
     split: str
+    version: str
     encoders: list[str]
     floors: list[str]
     probes: list[str]
@@ -63,9 +64,9 @@ class Board:
         return self.encoders + self.floors
 
     def words(self, name: str) -> str:
-        """A name as it reads; the window of a floor only where the floors have several."""
-        suffixes = {floor.partition("@")[2] for floor in self.floors if "@" in floor}
-        return encoder_words(name, window=len(suffixes) > 1)
+        """A name as it reads; a floor's window only where it tells two floors apart."""
+        bare = {encoder_words(floor, window=False) for floor in self.floors}
+        return encoder_words(name, window=len(bare) < len(self.floors))
 
     def metrics(self) -> list[str]:
         """The metrics of the table that any row has, in a fixed order."""
@@ -102,7 +103,7 @@ class Board:
 def boards(
     rows: list[Row], *, foreground: str, classes: list[str], resamples: int, seed: int
 ) -> list[Board]:
-    """Group rows by benchmark, task, protocol and split; add predictions and paired differences.
+    """Group rows by what was measured; add predictions and paired differences.
 
     Args:
         foreground: name (see `name_of`) of the encoder that comes first.
@@ -111,9 +112,10 @@ def boards(
     order = _unique([*classes, *(r.metric[3:] for r in rows if r.metric.startswith("f1/"))])
     colours = {name: class_colour(i) for i, name in enumerate(order)}
     names = _unique_names(rows)
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.benchmark, row.task, row.protocol, row.split), []).append(row)
+        key = (row.benchmark, row.task, row.protocol, row.split, row.version)
+        groups.setdefault(key, []).append(row)
     out = []
     for key, members in groups.items():
         label = {(r.encoder, r.encoder_hash): names[r.encoder, r.encoder_hash] for r in members}
@@ -166,7 +168,7 @@ def _add_predictions(board: Board) -> None:
             row = next(
                 (r for m in METRICS if (r := board.cells.get((name, probe, m))) is not None), None
             )
-            path = predictions_file(row.source, row.encoder, probe) if row else None
+            path = predictions_file(row) if row else None
             if row is None or path is None or not path.is_file():
                 continue
             found = read_predictions(path)

@@ -130,8 +130,8 @@ def colour_matrices(
         operation = order[:, step]
         matrix = pixel[rows, operation]
         of_mean = (operation == 1)[:, None, None] * (1 - factor[:, 1]) * luma
-        # q first: it needs the mean before this operation, (p + q) m
-        q = torch.baddbmm(torch.bmm(matrix, q), of_mean, p + q)
+        # until contrast comes, once, q is 0 and the mean is p m
+        q = torch.baddbmm(torch.bmm(matrix, q), of_mean, p)
         p = torch.bmm(matrix, p)
     last = torch.lerp(eye, luma, gray[:, None, None])
     return torch.bmm(last, p), torch.bmm(last, q)

@@ -153,21 +153,42 @@ def test_drawn_geometry_has_the_distribution_of_torchvision() -> None:
         assert (ours.quantile(cuts) - theirs.quantile(cuts)).abs().max() < 0.035, name
 
 
-def test_shift_moves_at_most_that_far() -> None:
-    config = ViewConfig(rotate=False, scale=(1, 1), ratio=(1, 1), shift=3.0, hflip=0)
-    params = augment.draw(config, 500, stored=STORED, window=WINDOW, generator=generator())
+def test_shift_and_flips_without_rotation() -> None:
+    config = ViewConfig(rotate=False, scale=(1, 1), ratio=(1, 1), shift=3.0, vflip=0.25)
+    params = augment.draw(config, 2000, stored=STORED, window=WINDOW, generator=generator())
     moved = params["theta"][:, :, 2] * STORED / 2
-    assert 2.9 < moved.abs().max() <= 3 and moved.mean(0).abs().max() < 0.3
-    assert torch.allclose(params["theta"][:, :, :2], torch.eye(2) * WINDOW / STORED)
+    assert 2.9 < moved.abs().max() <= 3 and moved.mean(0).abs().max() < 0.15
+    linear = params["theta"][:, :, :2]
+    assert torch.allclose(linear.abs(), (torch.eye(2) * WINDOW / STORED).expand_as(linear))
+    mirrored, upside_down = linear[:, 0, 0] < 0, linear[:, 1, 1] < 0
+    assert abs(mirrored.float().mean() - 0.5) < 0.04
+    assert abs(upside_down.float().mean() - 0.25) < 0.04
+    assert abs((mirrored & upside_down).float().mean() - 0.125) < 0.03
 
 
-@pytest.mark.parametrize("stored", [40, 48, 64])
-def test_no_view_has_a_fill_colour(stored: int) -> None:
+@pytest.mark.parametrize(
+    ("stored", "rotate", "shift"), [(40, True, 2), (40, False, 0), (48, True, 0), (64, True, 2)]
+)
+def test_no_view_has_a_fill_colour(stored: int, rotate: bool, shift: float) -> None:
     pixels = torch.full((64, stored, stored, 3), 200, dtype=torch.uint8)
-    config = ViewConfig(jitter=0, gray=0, erase=0, shift=2)
+    config = ViewConfig(jitter=0, gray=0, erase=0, rotate=rotate, shift=shift)
     params = augment.draw(config, 64, stored=stored, window=WINDOW, generator=generator())
     views = augment.apply(pixels, params, config, **UNIT)
     assert (views - 200 / 255).abs().max() < 1e-5
+
+
+def test_crops_without_a_margin_are_continued_by_reflection() -> None:
+    config = ViewConfig(scale=(1, 1), ratio=(1, 1), blur=(0, 0))
+    small = smooth_crops(20)[:, :WINDOW, :WINDOW].contiguous()
+    rim = (STORED - WINDOW) // 2
+    large = np.pad(small.numpy(), ((0, 0), (rim, rim), (rim, rim), (0, 0)), mode="symmetric")
+    views = []
+    for pixels in (small, torch.from_numpy(large)):
+        params = augment.draw(
+            config, 20, stored=pixels.shape[1], window=WINDOW, generator=generator()
+        )
+        views.append(augment.apply(pixels, params, config, **UNIT))
+    assert (views[0] - views[1]).abs().max() < 1e-3
 
 
 # The contract -----------------------------------------------------------------------------------

@@ -118,7 +118,13 @@ def write_run(folder: Path, steps: int = 600) -> None:
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "config.yaml").write_text("method:\n  name: moco_v3\nbatch: 256\nsteps: 600\n")
-    info = {"lemon_muse": "0.1.0", "torch": "2.8.0", "git": {"commit": "abc", "dirty": False}}
+    start = {
+        "time": "2026-01-02T03:04:05+00:00",
+        "version": "0.1.0",
+        "git": "abc123",
+        "host": "box",
+    }
+    info = {"starts": [start]}
     (folder / "run.json").write_text(json.dumps(info))
 
 
@@ -297,6 +303,8 @@ HALF = '{"benchmark": "b", "encoder": "e", "probe": "knn", "metric": "m"'
         (None, "there is no results file"),
         ("", "holds no rows"),
         (HALF + ', "value": 1}\n{oops\n', "line 2: not readable as JSON"),
+        (HALF + ', "value": 1}\n{"benchmark": b}\n', "line 2: not readable as JSON"),
+        (HALF + ', "va', "holds no rows"),
         ("\n" + HALF + "}", "line 2: the row has no 'value'"),
         (HALF + ', "value": "high"}', "line 1: 'value' is"),
         ("[1]", "line 1: a row must be"),
@@ -448,3 +456,21 @@ def test_projector_sprite_holds_the_nuclei(inputs: Path, report: Path, tmp_path:
     (tmp_path / "mine" / "precious").write_text("x")
     with pytest.raises(UserError, match="holds other files"):
         write_projector(tmp_path / "mine", gallery, np.zeros((n, 2), np.float32))
+
+
+def test_rows_that_were_measured_again(tmp_path: Path) -> None:
+    write_results(tmp_path, encoder="e")
+    path = tmp_path / "results.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    again = json.dumps({**first, "value": 0.4321, "seed": 1})
+    path.write_text(path.read_text() + again[:40] + "\n" + again + "\n")
+    page = run(Report(results=(str(path),), out=tmp_path / "out"))
+    rows = parsed(page).rows
+    table = next(row for row in rows if len(row) == 7 and row[0] == "e")
+    assert table[1].startswith("0.432")
+    listed = [
+        row[5] for row in rows if row[1:5] == ["e 01234567", "knn", "test", "balanced accuracy"]
+    ]
+    assert listed == [f"{first['value']:.4f}", "0.4321"]
+    text = page.read_text(encoding="utf-8")
+    assert "1 rows were measured again" in text and "of results.jsonl is cut off" in text
