@@ -1,7 +1,6 @@
 """Gather the inputs, draw the pictures, write the files: the report from end to end."""
 
 import re
-import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def build(cfg: Report) -> Path:
     parts = [_curves(material, drawn), *_probes(material, drawn)]
     parts += _gallery_sections(cfg, material, drawn, numbers)
     run = str(cfg.run or "")
-    again = page.reproduce(command_of(cfg), material.rows, material.folder, run)
+    again = page.reproduce(page.command_of(cfg), material.rows, material.folder, run)
     parts.append(("reproduce", "How to reproduce", again))
     notes = "".join(html.missing(note) for note in material.notes)
     parts.append(("numbers", "All numbers", notes + sections.all_numbers(material.everything)))
@@ -274,15 +273,6 @@ def _neighbours(
         sheets.append((name, neighbours.sheet(gallery, result, rows, name=file, alt=alt)))
     drawn += [picture for _, picture in sheets]
     return page.retrieval(gallery, table, sheets, shared=result.shared_patients)
-
-
-def command_of(cfg: Report) -> str:
-    """The words that make this report again: whatever differs from the defaults."""
-    words = [f"results={','.join(cfg.results)}"]
-    for key, value in cfg.model_dump().items():
-        if key != "results" and value != Report.model_fields[key].default:
-            words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return "lemon-muse report " + " ".join(shlex.quote(word) for word in words)
 
 
 def report_json(title: str, material: Material, numbers: dict[str, Any]) -> dict[str, Any]:

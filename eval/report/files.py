@@ -1,12 +1,12 @@
 """Write the report: pictures first, the page last, each under a temporary name."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from eval.report.style import Picture
+from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import UserError
 
 PAGE, NUMBERS = "report.html", "report.json"
@@ -24,11 +24,11 @@ def write(out: Path, text: str, drawn: list[Picture], numbers: dict[str, Any]) -
         if old not in names:
             (out / old).unlink(missing_ok=True)
     for picture, name in zip(drawn, names, strict=True):
-        _atomic(out / name, picture.png)
+        write_atomic(out / name, picture.png)
     numbers = {**numbers, "pictures": names}
     body = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-    _atomic(out / NUMBERS, body.encode())
-    _atomic(out / PAGE, text.encode())
+    write_atomic(out / NUMBERS, body.encode())
+    write_atomic(out / PAGE, text.encode())
 
 
 def _old_pictures(out: Path) -> list[str]:
@@ -37,16 +37,3 @@ def _old_pictures(out: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [n for n in names if isinstance(n, str) and _OWN_PICTURE.fullmatch(n)]
-
-
-def _atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -17,15 +17,15 @@ The file lies beside results.jsonl and is written by `eval` for the encoder in t
 n is at most `LIMIT`. The last three keys may be absent.
 """
 
+import io
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import UserError
 
 NAME = "gallery.npz"
@@ -115,18 +115,10 @@ def write_gallery(
         "encoder_hash": np.asarray(encoder_hash, dtype=np.str_),
         "mpp": np.asarray(mpp, np.float64),
     }
-    path = Path(path)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomic(path, stream.getvalue())
 
 
 def read_gallery(path: Path, *, limit: int | None = None, seed: int = 0) -> Gallery:

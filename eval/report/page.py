@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import Any
 
-from eval.report import html
+from eval.report import Report, html
 from eval.report.css import CSS
 from eval.report.gallery import Gallery
 from eval.report.inputs import Row, RunFolder
@@ -138,6 +138,15 @@ def projector(folder: str, n: int, columns: int) -> str:
         f"The {n:,} nuclei of the map, as {columns} principal components with their thumbnails, "
         "class, split and patient, can be turned about in TensorBoard (tab Projector):"
     ) + html.code(f"tensorboard --logdir {shlex.quote(folder)}")
+
+
+def command_of(cfg: Report) -> str:
+    """The words that make this report again: whatever differs from the defaults."""
+    words = [f"results={','.join(cfg.results)}"]
+    for key, value in cfg.model_dump().items():
+        if key != "results" and value != Report.model_fields[key].default:
+            words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return "lemon-muse report " + " ".join(shlex.quote(word) for word in words)
 
 
 def run_facts(folder: RunFolder | None) -> list[tuple[str, str]]:
