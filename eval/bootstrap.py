@@ -2,7 +2,8 @@
 
 Nuclei of one patient resemble each other, so resampling nuclei would give far too narrow intervals.
 Patients are drawn with replacement; all nuclei of a drawn patient come along. A class that
-is absent from a draw is left out of that draw's mean (see `eval.metrics`).
+is absent from a draw is left out of that draw's mean (see `eval.metrics`). With a single patient
+there is nothing to resample: interval and p are NaN.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def intervals(
     for k, name in enumerate(classes):
         if not np.isnan(f1[0, k]):
             values[f"f1/{name}"] = f1[:, k]
-    return {name: _interval(column) for name, column in values.items()}
+    return {name: _interval(column, people=len(names)) for name, column in values.items()}
 
 
 def paired_difference(
@@ -108,14 +109,14 @@ def paired_difference(
     out = {}
     for name, metric in scored.items():
         difference = metric(first) - metric(second)
-        interval = _interval(difference)
+        interval = _interval(difference, people=len(names))
         drawn = difference[1:]
         tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
         out[name] = {
             "difference": interval.value,
             "ci_low": interval.low,
             "ci_high": interval.high,
-            "p": min(1.0, 2 * (tail + 1) / (draws + 1)),
+            "p": min(1.0, 2 * (tail + 1) / (draws + 1)) if len(names) > 1 else float("nan"),
         }
     return out
 
@@ -136,9 +137,9 @@ def _resampled(
     return product.reshape(-1, classes, classes)
 
 
-def _interval(column: np.ndarray) -> Interval:
+def _interval(column: np.ndarray, *, people: int) -> Interval:
     """Row 0 is the value on all nuclei, the rest are the draws."""
-    if np.isnan(column[1:]).all():
+    if people < 2 or np.isnan(column[1:]).all():
         return Interval(float(column[0]), float("nan"), float("nan"))
     tail = (100 - LEVEL) / 2
     low, high = np.nanpercentile(column[1:], [tail, 100 - tail])

@@ -4,6 +4,7 @@
 and synced. A key that is there is not computed again, so a killed job is finished by a rerun.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +23,8 @@ from eval.table import Table
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+# Bytes; a row has a few hundred.
+LONGEST_LINE = 65536
 
 
 class Key(NamedTuple):
@@ -67,14 +70,20 @@ def complete(rows: list[Row], key: Key) -> list[Row]:
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Add complete lines by one synced write; a torn last line of a crash is closed first."""
+    """Add complete lines by one synced write; a line that a crash left cut off is removed first.
+
+    The file is locked meanwhile, so that jobs with one `out` do not take each other's lines for torn.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            payload = b"\n" + payload
+        tail = os.pread(descriptor, LONGEST_LINE, max(0, size - LONGEST_LINE))
+        whole = size - len(tail) + tail.rfind(b"\n") + 1
+        if whole != size:
+            os.ftruncate(descriptor, whole)
         written = 0
         while written < len(payload):
             written += os.write(descriptor, payload[written:])
@@ -94,6 +103,8 @@ def make_rows(
     params: dict[str, float | int | str],
 ) -> list[Row]:
     """One row a metric; a value that is not defined becomes null.
+
+    The metrics that `complete` asks for come last: a block cut off by a crash never looks complete.
 
     Args:
         found: from `bootstrap.intervals`.
@@ -119,7 +130,7 @@ def make_rows(
             "version": key.version,
             "params": params,
         }
-        for metric, interval in found.items()
+        for metric, interval in sorted(found.items(), key=lambda item: item[0] in metrics.METRICS)
     ]
 
 

@@ -130,6 +130,8 @@ def _describe(benchmark: "Benchmark", table: "Table", cfg: Eval) -> None:
     for sentence in benchmark.check(cfg.root):
         print(f"note: {sentence}", file=sys.stderr)
     scored = np.bincount(table.label[table.rows(cfg.split)], minlength=len(table.classes))
+    if len(np.unique(table.patient[table.rows(cfg.split)])) < 2:
+        print(f"note: {cfg.split} has a single patient: there are no intervals.", file=sys.stderr)
     absent = [name for name, n in zip(table.classes, scored, strict=True) if not n]
     if absent:
         print(

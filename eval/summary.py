@@ -1,5 +1,6 @@
 """The plain table that `lemon-muse eval` prints: the encoder, then its floors, probe by probe."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,8 @@ def _difference(pair: list[Row | None], *, out: Path, seed: int) -> str:
         classes=len(mine["classes"]),
         seed=seed,
     )[METRICS[0]]
+    if math.isnan(found["p"]):
+        return f"{found['difference']:+.3f}"
     return (
         f"{found['difference']:+.3f} [{found['ci_low']:+.3f}, {found['ci_high']:+.3f}] "
         f"p {found['p']:.3f}"

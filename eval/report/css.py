@@ -23,9 +23,10 @@ section { margin-top:72px; }
 .anchor { color:var(--line); text-decoration:none; font-weight:400; }
 h2:hover .anchor { color:var(--accent); }
 a { color:var(--accent); }
-nav { margin:28px 0 0; padding:12px 0; border-top:1px solid var(--line);
+nav { display:flex; flex-wrap:wrap; gap:4px 22px; margin:28px 0 0; padding:12px 0;
+  border-top:1px solid var(--line);
   border-bottom:1px solid var(--line); font-size:14px; }
-nav a { margin-right:22px; text-decoration:none; white-space:nowrap; }
+nav a { text-decoration:none; white-space:nowrap; }
 nav a:hover { text-decoration:underline; }
 .facts { display:flex; flex-wrap:wrap; gap:14px 40px; margin:24px 0; }
 .facts dt { color:var(--muted); font-size:12.5px; }
@@ -85,5 +86,8 @@ footer { margin-top:80px; padding-top:16px; border-top:1px solid var(--line); co
   --card:#fff; --accent:#8a2d6b; --good:#0b6e4f; --fair:#8a5a00; --poor:#a3341c; }
   main { max-width:none; padding:0; } body { font-size:10.5pt; } nav,.anchor { display:none; }
   section { margin-top:28pt; } figure,.card,tr { break-inside:avoid; } h2,h3 { break-after:avoid; }
-  figure img { padding:0; } }
+  figure img { padding:0; } .scroll { overflow:visible; } table { font-size:8pt; }
+  th { font-size:7.5pt; } .ci { font-size:6.5pt; } th,td { padding:3px 4px; }
+  td:first-child { min-width:7em; } .cards { grid-template-columns:repeat(3,1fr); gap:8px; }
+  .card { padding:8px 10px; } .card p,.card ul { font-size:8.5pt; } .card .of { font-size:8pt; } }
 """

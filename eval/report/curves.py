@@ -65,7 +65,7 @@ def learning_curves(folder: RunFolder) -> Picture | None:
             ax.set_title(title)
             ax.set_xlim(0, max(end, 1))
             ax.margins(y=0.12)
-            ax.locator_params(axis="x", nbins=5)
+            ax.locator_params(axis="x", nbins=5, integer=True)
             ax.yaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_major_formatter("{x:,g}")
         for ax in axes[len(panels) :]:

@@ -145,7 +145,8 @@ def _patients(ax: Any, gallery: Gallery, box: np.ndarray, size: float) -> None:
     for i, patient in enumerate(most):
         mine = index == patient
         label = short(str(names[patient]), 18) if names[patient] else "(no name)"
-        ax.scatter(*box[mine].T, c=PALETTE[8 + i], s=size * 1.3, lw=0, alpha=0.9, label=label)
+        ax.scatter(*box[mine].T, c=PALETTE[8 + i], s=size * 1.3, lw=0, alpha=0.9)
+        ax.scatter([], [], c=PALETTE[8 + i], s=24, label=label)
     ax.set_title(
         f"By patient: {len(most)} of {len(names)} in colour" if len(names) > 1 else "One patient"
     )

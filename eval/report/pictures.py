@@ -125,10 +125,11 @@ def confusions(board: Board, name: str) -> Picture | None:
     if not found:
         return None
     most = max(len(prediction.classes) for _, prediction in found)
-    # Three classes need no larger cells than ten do: at most 340 px a matrix.
-    columns = len(found) if most <= 8 else 1
+    # Three classes need no larger cells than ten do; many classes need the width.
+    across, widest = (3, 340) if most <= 8 else (2, 510) if most <= 12 else (1, 900)
+    columns = min(len(found), across)
     rows = -(-len(found) // columns)
-    side = min(340, 120 + 56 * most) if most <= 8 else min(900, 160 + 42 * most)
+    side = min(widest, 120 + 56 * most)
     with canvas(min(WIDTH, side * columns + 60), side * rows) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for i, (ax, (probe, prediction)) in enumerate(zip(axes, found, strict=True)):

@@ -61,8 +61,8 @@ def curves(folder: RunFolder | None, picture: Picture | None) -> str:
         median = float(np.nanmedian(folder.metrics["crops_per_s"][1]))
         pairs.append(("Median throughput", f"{median:,.0f} crops/s"))
     if "data_wait" in folder.metrics:
-        share = float(np.nanmean(folder.metrics["data_wait"][1])) * 100
-        pairs.append(("Mean wait for data", f"{number(share, 1)} %"))
+        share = float(np.nanmedian(folder.metrics["data_wait"][1])) * 100
+        pairs.append(("Median wait for data", f"{number(share, 1)} %"))
     if "mfu" in folder.metrics:
         share = float(np.nanmedian(folder.metrics["mfu"][1])) * 100
         pairs.append(("Median FLOPs utilisation", f"{number(share, 1)} %"))

@@ -43,31 +43,31 @@ def _verdict(board: Board, encoder: str, probe: str) -> Verdict:
     if not mine:
         return Verdict(probe, "alone", "No floor was measured with this probe.")
     lost = [d for d in mine if d.value <= 0]
+    best = [d for m in PAIRED if (d := board.against_best_floor(encoder, probe, m)) is not None]
     if lost:
         losers = list(dict.fromkeys(d.floor for d in lost))
         beaten = [f for f in dict.fromkeys(d.floor for d in mine) if f not in losers]
         sentence = f"Does not beat {listed([named(board.words(f)) for f in losers])}."
         rest = f"Ahead of {listed([named(board.words(f)) for f in beaten])}." if beaten else ""
-        lines = [_line(board, d, say_floor=len(losers) > 1) for d in lost]
-        return Verdict(probe, "behind", sentence, lines, rest)
-    best = [d for m in PAIRED if (d := board.against_best_floor(encoder, probe, m)) is not None]
+        return Verdict(probe, "behind", sentence, [_line(board, d) for d in best], rest)
     floors = len({d.floor for d in mine})
     every = "the only floor" if floors == 1 else f"all {floors} floors"
-    lines = [_line(board, d, say_floor=True) for d in best]
+    lines = [_line(board, d) for d in best]
     if all(d.verdict == "above" for d in best):
-        return Verdict(probe, "beats", f"Beats {every}, the best one by", lines)
+        return Verdict(probe, "beats", f"Beats {every}.", lines)
     why = (
         "The interval includes 0: this may be chance."
         if any(d.low <= 0 for d in best)
         else "Without predictions of both there is no interval."
     )
-    return Verdict(probe, "ahead", f"Ahead of {every}, the best one by", lines, why)
+    return Verdict(probe, "ahead", f"Ahead of {every}.", lines, why)
 
 
-def _line(board: Board, difference: Difference, *, say_floor: bool) -> str:
+def _line(board: Board, difference: Difference) -> str:
     bounds = interval(difference.low, difference.high, sign=True)
-    floor = f" ({board.words(difference.floor)})" if say_floor else ""
-    return f"{signed(difference.value)} {bounds} {METRIC_NAMES[difference.metric]}{floor}".strip()
+    value = f"{signed(difference.value)} {bounds}".strip()
+    place = "over" if difference.value > 0 else "to"
+    return f"{value} {METRIC_NAMES[difference.metric]} {place} {board.words(difference.floor)}"
 
 
 def headline(board: Board) -> str:
@@ -88,7 +88,9 @@ def headline(board: Board) -> str:
             behind.setdefault(_unbeaten(board, verdict.probe), []).append(
                 probe_words(verdict.probe, inside=True)
             )
-    parts += [f"does not beat {floors} with {listed(p)}" for floors, p in behind.items()]
+    if behind:
+        lost = [f"{floors} with {listed(probes)}" for floors, probes in behind.items()]
+        parts.append(f"does not beat {listed(lost)}")
     if not parts:
         return "No floor was measured, so the values stand alone."
     judged = f"{board.encoders[0]} {'; it '.join(parts)}."
@@ -105,7 +107,9 @@ def _gap(board: Board, probe: str) -> str:
 def _unbeaten(board: Board, probe: str) -> str:
     mine = [d for d in board.differences if (d.encoder, d.probe) == (board.encoders[0], probe)]
     lost = dict.fromkeys(named(board.words(d.floor)) for d in mine if d.value <= 0)
-    return listed(list(lost))
+    if len(lost) <= 2:
+        return listed(list(lost))
+    return f"{len(lost)} of {len({d.floor for d in mine})} floors"
 
 
 def score_lines(board: Board, probe: str) -> tuple[str, list[str]]:

@@ -28,7 +28,7 @@ def encoder_words(name: str, *, window: bool = True) -> str:
     base, _, suffix = name.partition("@")
     suffix = suffix if window else ""
     if base.startswith("random:"):
-        words = f"random initialisation, {base.removeprefix('random:')}"
+        words = f"randomly initialised {base.removeprefix('random:')}"
     elif base.startswith("floor:"):
         words = _FLOORS.get(base, base.removeprefix("floor:").replace("_", " "))
     else:
@@ -69,7 +69,8 @@ def signed(value: float, digits: int = 3) -> str:
     """Like `number` with its sign, and a true minus."""
     if not math.isfinite(value):
         return DASH
-    return f"{value:+.{digits}f}".replace("-", MINUS)
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", MINUS) if float(text) else text[1:]
 
 
 def interval(low: float, high: float, *, sign: bool = False) -> str:

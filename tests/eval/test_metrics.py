@@ -64,8 +64,12 @@ def test_intervals_equal_a_plain_loop_over_the_same_resamples() -> None:
         values["balanced_accuracy"].append(np.mean([(z[y == k] == k).mean() for k in present]))
         values["macro_f1"].append(f1_score(y, z, labels=present, average="macro"))
         values["auroc"].append(np.mean([roc_auc_score(y == k, s[:, k]) for k in present]))
-        values["f1/c"].append(f1_score(y, z, labels=[2], average=None)[0] if 2 in present else np.nan)
-    found = bootstrap.intervals(labels, guess, scores, patient, classes=CLASSES, draws=draws, seed=3)
+        values["f1/c"].append(
+            f1_score(y, z, labels=[2], average=None)[0] if 2 in present else np.nan
+        )
+    found = bootstrap.intervals(
+        labels, guess, scores, patient, classes=CLASSES, draws=draws, seed=3
+    )
     for name, column in values.items():
         low, high = np.nanpercentile(column, [2.5, 97.5])
         assert found[name].low == pytest.approx(low, abs=1e-9), name
@@ -139,6 +143,16 @@ def test_paired_difference_equals_a_plain_loop() -> None:
     assert found["macro_f1"]["difference"] == pytest.approx(
         f1_score(labels, first, average="macro") - f1_score(labels, second, average="macro")
     )
+
+
+def test_a_single_patient_has_no_interval() -> None:
+    labels, scores, _ = example(50)
+    guess, alone = scores.argmax(1), np.zeros(50, int)
+    found = bootstrap.intervals(labels, guess, scores, alone, classes=CLASSES, draws=20)
+    assert np.isnan(found["accuracy"].low) and np.isnan(found["accuracy"].high)
+    assert found["accuracy"].value == pytest.approx(accuracy_score(labels, guess))
+    pair = bootstrap.paired_difference(guess, labels, labels, alone, draws=20)
+    assert np.isnan(pair["macro_f1"]["p"]) and pair["macro_f1"]["difference"] < 0
 
 
 def test_a_classifier_does_not_differ_from_itself() -> None:

@@ -144,7 +144,8 @@ def test_a_start_changes_nothing_but_the_time() -> None:
 
 
 def test_choosing_c_equals_scikit_learn_on_the_same_folds() -> None:
-    train = blobs(500, apart=0.35, people=12)
+    # Few nuclei in many dimensions: here the strength of the penalty matters.
+    train = blobs(200, dim=60, apart=0.35, people=12)
     grid = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     chosen, _ = probes.choose_c(train, classes=3, grid=grid, folds=5, seed=4)
     values = []
@@ -231,7 +232,7 @@ def patients_only(split: str, *, people: int, each: int) -> Part:
         one_hot = np.zeros((each, 3 * people))
         one_hot[:, offset + person] = 3
         x.append(one_hot + generator.normal(size=one_hot.shape) * 0.1)
-        # Within a patient nearly all nuclei are of one class: easy if a patient leaks, else useless.
+        # Nearly all nuclei of a patient are of one class: easy if a patient leaks, else useless.
         own = person % 3
         label.append(np.where(generator.random(each) < 0.9, own, generator.integers(0, 3, each)))
         patient.append(np.full(each, f"{split}{person}"))

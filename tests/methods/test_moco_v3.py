@@ -232,15 +232,16 @@ def test_accumulation_steps_the_ema_once_and_keeps_samples(crop_shards: Path, tm
 def test_it_learns_to_tell_nuclei_apart(crop_shards: Path, tmp_path: Path) -> None:
     index = open_index(crop_shards)
     cfg = Train(
-        data=crop_shards, out=tmp_path, steps=40, batch=64, window=32, precision="fp32", workers=0,
+        data=crop_shards, out=tmp_path, steps=60, batch=64, window=32, precision="fp32", workers=0,
         backbone=Backbone(name="resnet10t", args={"channels": [16, 32, 32, 64]}),
-        method=MoCoV3Config(hidden=128, out_dim=32), optim=Optim(lr=4e-3, warmup=0.1),
-        view=ViewConfig(policy="mild"),
+        method=MoCoV3Config(hidden=128, out_dim=32, temperature=0.1, momentum=0.9, projector_layers=2),
+        optim=Optim(lr=4e-3, warmup=0.1),
+        view=ViewConfig(policy="mild", gray=0, jitter=0),
     )  # fmt: skip
     loop = Loop(cfg, index, torch.device("cpu"), None)
     values = []
-    for step in range(40):
+    for step in range(60):
         loop.step = step
         loop._one_step(loop.method, loop.batches.batch_at(step), Stop())
         values.append(float(loop.loss))
-    assert np.mean(values[-5:]) < 0.85 * loop.method.chance()
+    assert np.mean(values[-5:]) < 0.5 * loop.method.chance()
