@@ -72,7 +72,7 @@ def complete(rows: list[Row], key: Key) -> list[Row]:
 def append(path: Path, rows: list[Row]) -> None:
     """Add complete lines by one synced write; a line that a crash left cut off is removed first.
 
-    The file is locked meanwhile, so that jobs with one `out` do not take each other's lines for torn.
+    The file is locked meanwhile: jobs with one `out` must not take each other's lines for torn.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()

@@ -196,7 +196,8 @@ def _measure(
                 params=outcome.params,
             )
             # The rows come last: a key that has rows has its predictions.
-            results.append(path, done)
+            have = {row["metric"] for row in known if results.key_of(row) == key}
+            results.append(path, [row for row in done if row["metric"] not in have])
         print(f"{source.name}: {probe} in {seconds:.1f} s", file=sys.stderr, flush=True)
         rows += done
     return rows

@@ -48,7 +48,7 @@ def run(cfg: Demo) -> Path:
     _export(cfg)
     _report(cfg)
     minutes = (time.monotonic() - began) / 60
-    print(f"\ndone in {minutes:.1f} min on {os.cpu_count()} cores. Open {cfg.out / 'report' / 'index.html'}")
+    print(f"\ndone in {minutes:.1f} min on {os.cpu_count()} cores. Open {cfg.out / 'report' / 'report.html'}")
     return cfg.out / "report"
 
 
@@ -143,5 +143,12 @@ def _report(cfg: Demo) -> None:
 
     _part("6/6 report")
     report.run(
-        report.Report(results=str(cfg.out / "eval"), run=cfg.out / "run", out=cfg.out / "report")
+        report.Report(results=(str(cfg.out / "eval"),), run=cfg.out / "run", out=cfg.out / "report")
     )
+
+
+def _benchmark(data: Path) -> str:
+    """The benchmark that reads this folder."""
+    from lemon_muse.data.layouts import detect
+
+    return {"brcam2c": "brcam2c", "folder": "generated"}[detect(data)]

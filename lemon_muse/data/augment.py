@@ -203,11 +203,19 @@ def _draw_theta(
     config: ViewConfig, u: torch.Tensor, boxes: torch.Tensor, *, stored: int, window: int
 ) -> torch.Tensor:
     """The affine map [n, 2, 3] from a view's square -1..1 to that of the stored crop."""
-    width, height = ops.draw_crop_sizes(boxes, scale=config.scale, ratio=config.ratio)
+    if config.centred:
+        # Log-uniform: zooming in and out by the same factor are equally likely.
+        (low, high), (narrow, wide) = config.scale, config.ratio
+        side = (low * (high / low) ** u[1]).sqrt()
+        aspect = (narrow * (wide / narrow) ** u[2]).sqrt()
+        width, height = side * aspect, side / aspect
+    else:
+        width, height = ops.draw_crop_sizes(boxes, scale=config.scale, ratio=config.ratio)
     half_x = torch.where(u[3] < config.hflip, -width, width) * (window / stored)
     half_y = torch.where(u[4] < config.vflip, -height, height) * (window / stored)
-    x = (2 * u[1] - 1) * (1 - width) * (window / stored)
-    y = (2 * u[2] - 1) * (1 - height) * (window / stored)
+    free = 0.0 if config.centred else window / stored
+    x = (2 * u[1] - 1) * (1 - width) * free
+    y = (2 * u[2] - 1) * (1 - height) * free
     move = (2 * u[5:7] - 1) * (2 * config.shift / stored)
     angle = u[0] * (2 * math.pi if config.rotate else 0.0)
     cos, sin = angle.cos(), angle.sin()
@@ -220,7 +228,8 @@ def _draw_theta(
 
 def _stays_inside(config: ViewConfig, stored: int, window: int) -> bool:
     """Whether no view can need a pixel from outside its stored crop."""
-    reach = window / 2 * (math.sqrt(2) if config.rotate else 1.0) + config.shift
+    side = max(1.0, math.sqrt(config.scale[1]) * max(config.ratio[1], 1 / config.ratio[0]) ** 0.5)
+    reach = side * window / 2 * (math.sqrt(2) if config.rotate else 1.0) + config.shift
     return reach <= stored / 2
 
 

@@ -39,6 +39,11 @@ class ViewConfig(Config):
     ratio: tuple[Positive, Positive] = Field(
         (3 / 4, 4 / 3), description="width / height of the resized crop, least and most (**)"
     )
+    centred: bool = Field(
+        False,
+        description="keep the nucleus in the middle (plus shift) and zoom in or out about it, "
+        "instead of placing the resized crop anywhere in the window; scale may then exceed 1",
+    )
     shift: Strength = Field(0.0, description="largest translation in x and in y, pixels")
     hflip: Probability = Field(0.5, description="probability of a mirrored view (*)")
     vflip: Probability = Field(0.0, description="probability of an upside-down view")
@@ -78,7 +83,7 @@ class ViewConfig(Config):
             if low > high:
                 raise ValueError(f"'{name}' is ({low}, {high}): give the smaller number first.")
         for name in ("scale", "erase_scale"):
-            if getattr(self, name)[1] > 1:
+            if getattr(self, name)[1] > 1 and not (name == "scale" and self.centred):
                 raise ValueError(f"'{name}' ends above 1, but it is a fraction of an area.")
         return self
 

@@ -254,3 +254,18 @@ def test_a_gpu_makes_the_same_views(dtype: torch.dtype, bound: float) -> None:
     there = augment.apply(pixels.cuda(), params, config, dtype=dtype, **NORM)
     assert there.is_cuda and there.dtype == torch.float32
     assert (there.cpu() - here).abs().max() < bound
+
+
+def test_centred_views_zoom_about_the_nucleus() -> None:
+    """The middle of the view is the middle of the crop; zoom in and out are equally likely."""
+    config = ViewConfig(centred=True, scale=(0.5, 2.0), ratio=(0.8, 1.25), shift=0.0, rotate=False)
+    params = augment.draw(config, 4000, stored=64, window=40, generator=torch.Generator())
+    theta = params["theta"]
+    assert not theta[:, :, 2].any()
+    width, height = theta[:, 0, 0].abs() * 64 / 40, theta[:, 1, 1].abs() * 64 / 40
+    area = (width * height).log2()
+    assert -1 <= float(area.min()) < -0.98 and 0.98 < float(area.max()) <= 1
+    assert abs(float(area.mean())) < 0.03
+    assert 0.8 - 1e-5 <= float((width / height).min()) and float((width / height).max()) <= 1.25 + 1e-5
+    with pytest.raises(ValueError, match="fraction of an area"):
+        ViewConfig(scale=(0.5, 2.0))

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +40,13 @@ class TinyEncoder(nn.Module):
 
 def small_encoder(folder: Path, *, seed: int = 0, window: int = 40, name: str = "small") -> Path:
     """Write the folder of an untrained two-block ViT of width 48 and return it."""
-    arguments = {"img_size": window, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    arguments: dict[str, Any] = {
+        "img_size": window,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 4,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)

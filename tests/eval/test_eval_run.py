@@ -167,7 +167,8 @@ def test_other_seed_protocol_and_split_are_other_rows(
 
     first = at()
     count = len(first)
-    for number, more in enumerate(({"seed": 7}, {"protocol": "muse"}, {"split": "val"}), start=2):
+    others: list[dict[str, Any]] = [{"seed": 7}, {"protocol": "muse"}, {"split": "val"}]
+    for number, more in enumerate(others, start=2):
         at(**more)
         assert len(lines(tmp_path)) >= number * (count - 1)
     assert {(r["seed"], r["protocol"], r["split"]) for r in lines(tmp_path)} == {
@@ -217,12 +218,12 @@ def test_floors_also_run_on_lemons_window_when_the_encoder_has_another(
 
 
 def test_floors_beat_majority_on_real_nuclei(shared_data: Path, tmp_path: Path) -> None:
-    given = {"benchmark": "brcam2c", "floors": False}
+    given: dict[str, Any] = {"benchmark": "brcam2c", "floors": False}
     root = shared_data / "brca-m2c"
-    for name, probe in (("colour", "knn"), ("colour", "logistic"), ("histogram", "knn")):
-        found = run(settings(f"floor:{name}", root, tmp_path, probe=probe, **given))
+    for probe in ("knn", "logistic"):
+        found = run(settings("floor:colour", root, tmp_path, probe=probe, **given))
         value = {row["metric"]: row for row in found}["balanced_accuracy"]
-        assert value["ci_low"] > 1 / 3 + 0.05, (name, probe)
+        assert value["ci_low"] > 1 / 3 + 0.05, probe
         assert value["n"] == 3537
     majority = run(settings("floor:majority", root, tmp_path, probe="knn", **given))
     value = {row["metric"]: row["value"] for row in majority}
