@@ -22,7 +22,9 @@ class Check(Config):
     """Verify crop shards and draw a contact sheet."""
 
     data: Path = Field(description="folder of crop shards")
-    out: Path | None = Field(None, description="where check.json and contact_sheet.png go; default data/check")
+    out: Path | None = Field(
+        None, description="where check.json and contact_sheet.png go; default data/check"
+    )
     batch: int = Field(4096, gt=1, description="batch size for which the mixing is measured")
     cells: int = Field(160, gt=0, description="nuclei on the contact sheet")
     seed: int = Field(0, ge=0, description="of the choice of nuclei")
@@ -78,13 +80,14 @@ def run(cfg: Check) -> dict[str, Any]:
     write_atomic(out / "check.json", json.dumps(result, indent=1).encode())
     if problems:
         raise UserError(
-            f"{cfg.data} has {len(problems)} problem(s), all in {out / 'check.json'}; the first: {problems[0]}"
+            f"{cfg.data} has {len(problems)} problem(s), all in {out / 'check.json'}; "
+            f"the first: {problems[0]}"
         )
     contact_sheet(index, reader, out / "contact_sheet.png", cells=cfg.cells, seed=cfg.seed)
     print(
-        f"{cfg.data}: {index.count} nuclei of {result['slides']} slides and {len(patients)} patients, "
-        f"{len(index.blocks)} blocks, all bytes as written; a batch of {result['mixing']['batch']} holds "
-        f"{result['mixing']['slides_in_a_batch']:.0f} slides. Contact sheet: {out / 'contact_sheet.png'}"
+        f"{cfg.data}: {index.count} nuclei of {result['slides']} slides, {len(patients)} patients, "
+        f"{len(index.blocks)} blocks, all bytes as written; a batch of {result['mixing']['batch']} "
+        f"holds {result['mixing']['slides_in_a_batch']:.0f} slides. See {out / 'contact_sheet.png'}"
     )
     return result
 
@@ -129,7 +132,11 @@ def _compare_tars(index: Index) -> list[str]:
 
 def _wrong_columns(columns: dict[str, np.ndarray], count: int) -> list[str]:
     problems = [f"column '{c}' is missing" for c in COLUMNS if c not in columns]
-    problems += [f"column '{k}' has {len(v)} rows for {count} crops" for k, v in columns.items() if len(v) != count]
+    problems += [
+        f"column '{k}' has {len(v)} rows for {count} crops"
+        for k, v in columns.items()
+        if len(v) != count
+    ]
     if not problems and not np.isfinite([columns["x"], columns["y"]]).all():
         problems.append("coordinates are not finite")
     if not problems and not (columns["source_mpp"] > 0).all():
@@ -143,7 +150,10 @@ def _wrong_counts(index: Index, seen: Counter[tuple[str, int]]) -> list[str]:
         found[slide] += n
     said = {k: v["count"] for k, v in index.header["slides"].items()}
     wrong = [s for s in said.keys() | found.keys() if said.get(s, 0) != found.get(s, 0)]
-    return [f"slide {s}: index.json says {said.get(s, 0)} nuclei, the blocks hold {found.get(s, 0)}" for s in sorted(wrong)]
+    return [
+        f"slide {s}: index.json says {said.get(s, 0)} nuclei, the blocks hold {found.get(s, 0)}"
+        for s in sorted(wrong)
+    ]
 
 
 def _mixing(index: Index, slides: list[np.ndarray], cfg: Check) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Cut a crop around every nucleus of a folder of images and pack them into mixed shards.
 
-The crops are first laid down at their shuffled place in one scratch file (the operating system keeps
-memory flat), then read back in order and packed into blocks: every block is a random draw from all
-slides, so a batch of few blocks is mixed as well as a batch of many.
+The crops are first laid down at their shuffled place in one scratch file (the operating system
+keeps memory flat), then read back in order and packed into blocks: every block is a random draw
+from all slides, so a batch of few blocks is mixed as well as a batch of many.
 """
 
 import logging
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from lemon_muse.config import Config
-from lemon_muse.data.layouts import LAYOUTS, read_layout
+from lemon_muse.data.layouts import read_layout
 from lemon_muse.data.shards import ShardWriter, open_index
 from lemon_muse.data.table import Table
 from lemon_muse.errors import RunError, UserError
@@ -26,16 +26,23 @@ log = logging.getLogger(__name__)
 class Crops(Config):
     """Crop shards from a folder of images with nucleus positions."""
 
-    data: Path = Field(description="folder of images and nuclei (docs/formats.md lists the layouts)")
+    data: Path = Field(
+        description="folder of images and nuclei (docs/formats.md lists the layouts)"
+    )
     out: Path = Field(description="folder of the shards; a finished one is left alone")
-    layout: Literal["auto", "brcam2c", "folder"] = Field("auto", description="how the folder is laid out")
+    layout: Literal["auto", "brcam2c", "folder"] = Field(
+        "auto", description="how the folder is laid out"
+    )
     split: Literal["train", "val", "test", "all"] = Field(
         "train", description="which images are used, where the folder has a split"
     )
     mpp: float = Field(0.25, gt=0.05, lt=10, description="µm per pixel of the crops")
-    size: int = Field(64, gt=7, description="side of a stored crop, px: window × 1.42 for any rotation")
+    size: int = Field(
+        64, gt=7, description="side of a stored crop, px: window × 1.42 for any rotation"
+    )
     edge: Literal["reflect", "drop"] = Field(
-        "reflect", description="crops that reach over the image border: mirror the image, or leave out"
+        "reflect",
+        description="crops that reach over the image border: mirror the image, or leave out",
     )
     encoding: Literal["raw", "jpeg"] = Field("raw", description="raw pixels or JPEG 4:4:4 sheets")
     quality: int = Field(95, ge=1, le=100, description="JPEG quality")
@@ -117,7 +124,9 @@ def _chosen(table: Table, cfg: Crops) -> np.ndarray:
     place = np.stack([table.image_code[rows].astype(np.float64), table.x[rows], table.y[rows]], 1)
     _, first = np.unique(place, axis=0, return_index=True)
     if len(first) < len(rows):
-        log.warning("%d nuclei stand twice at the same place and are taken once", len(rows) - len(first))
+        log.warning(
+            "%d nuclei stand twice at the same place and are taken once", len(rows) - len(first)
+        )
     return rows[np.sort(first)]
 
 
@@ -145,8 +154,8 @@ def _need_room(cfg: Crops, count: int) -> None:
     free = shutil.disk_usage(cfg.out).free
     if free < needed:
         raise RunError(
-            f"{cfg.out} needs about {needed / 2**30:.1f} GiB for {count} crops and their mixing, but "
-            f"{free / 2**30:.1f} GiB are free; make room, or use encoding=jpeg."
+            f"{cfg.out} needs about {needed / 2**30:.1f} GiB for {count} crops and their mixing, "
+            f"but {free / 2**30:.1f} GiB are free; make room, or use encoding=jpeg."
         )
 
 

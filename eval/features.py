@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eval.progress import Progress
-from eval.table import Table
+from lemon_muse.data.table import Table
 from lemon_muse.errors import RunError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.table import Table
+from lemon_muse.data.table import Table
 
 log = logging.getLogger(__name__)
 

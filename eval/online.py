@@ -10,7 +10,7 @@ from torch import nn
 from eval import benchmarks, metrics
 from eval.features import encode
 from eval.probes import knn_votes
-from eval.table import Table
+from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import bootstrap, metrics
-from eval.table import Table
+from lemon_muse.data.table import Table
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from eval.benchmarks import Benchmark
     from eval.probes import Outcome
     from eval.sources import Source
-    from eval.table import Table
+    from lemon_muse.data.table import Table
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from eval import floors
 from eval.features import cache_key, cached, features
-from eval.table import Table
+from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 
 WORD = re.compile(r"(?P<name>\w+)(?:@(?P<size>\d+)px(?P<mpp>\d*\.?\d+))?")

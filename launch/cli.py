@@ -1,4 +1,4 @@
-"""`lemon-muse JOB [CONFIG.yaml] [key=value …]`: a table of jobs, each loaded only when it is called."""
+"""`lemon-muse JOB [CONFIG.yaml] [key=value …]`: a table of jobs, each loaded only when called."""
 
 import importlib
 import logging
@@ -11,7 +11,11 @@ from lemon_muse.errors import RunError, UserError
 
 # job: (module with the settings model and run(), name of the model, one line)
 JOBS: dict[str, tuple[str, str, str]] = {
-    "demo": ("launch.demo", "Demo", "prep, pretrain, probe, export and report, in minutes on two cores"),
+    "demo": (
+        "launch.demo",
+        "Demo",
+        "prep, pretrain, probe, export and report, in minutes on two cores",
+    ),
     "prep crops": ("data_prep.crops", "Crops", "crop shards from images with nucleus positions"),
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
     "train": ("launch.training", "Train", "pretrain a nucleus encoder on crop shards"),
@@ -54,7 +58,8 @@ def overview() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in JOBS.items()]
     return "\n".join(
         [
-            f"lemon-muse {__version__}: pretraining of nucleus-level foundation models of H&E pathology",
+            f"lemon-muse {__version__}: pretraining of nucleus-level "
+            "foundation models of H&E pathology",
             "",
             USAGE,
             "",
@@ -81,7 +86,9 @@ def run_job(words: list[str]) -> int:
     if "--print-config" in rest:
         print(dump(config), end="")
         return 0
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(
+        format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr
+    )
     module.run(config)
     return 0
 

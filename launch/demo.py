@@ -1,4 +1,4 @@
-"""`lemon-muse demo`: the whole way from images to a report, on generated tissue or on real nuclei."""
+"""`lemon-muse demo`: the whole way from images to a report, on generated tissue or real nuclei."""
 
 import os
 import sys
@@ -16,17 +16,20 @@ if TYPE_CHECKING:
 
 
 class Demo(Config):
-    """Prepare, pretrain, probe, export and report in one go; killed, it goes on with the same words."""
+    """Prepare, pretrain, probe, export and report in one go; killed, the same words go on."""
 
     data: Path | None = Field(
-        None, description="folder in BRCA-M2C's layout or with slides.csv; none = tissue is generated"
+        None,
+        description="folder in BRCA-M2C's layout or with slides.csv; none = tissue is generated",
     )
     out: Path = Field(Path("runs/demo"), description="where everything is written")
     recipe: str | None = Field(
         None, description="training recipe; none = demo.yaml, or demo_brca.yaml with data="
     )
     mpp: float = Field(0.25, gt=0, description="µm per pixel of the crops")
-    steps: int | None = Field(None, gt=0, description="steps of pretraining; none = as in the recipe")
+    steps: int | None = Field(
+        None, gt=0, description="steps of pretraining; none = as in the recipe"
+    )
     slides: int = Field(24, ge=3, description="generated slides (without data=)")
     side: int = Field(1024, ge=256, description="side of a generated slide, px at 0.25 µm/px")
     seed: int = Field(0, ge=0, description="of tissue, weights, order, views and probes")
@@ -48,7 +51,10 @@ def run(cfg: Demo) -> Path:
     _export(cfg)
     _report(cfg)
     minutes = (time.monotonic() - began) / 60
-    print(f"\ndone in {minutes:.1f} min on {os.cpu_count()} cores. Open {cfg.out / 'report' / 'report.html'}")
+    print(
+        f"\ndone in {minutes:.1f} min on {os.cpu_count()} cores. "
+        f"Open {cfg.out / 'report' / 'report.html'}"
+    )
     return cfg.out / "report"
 
 

@@ -26,4 +26,7 @@ def online_probe(cfg: Train) -> Probe | None:
     from lemon_muse.data.shards import open_index
 
     mpp = open_index(cfg.data).mpp
-    return build(cfg.probe.benchmark, cfg.probe.root, size=cfg.window, mpp=mpp, seed=cfg.seed)
+    bf16 = cfg.precision == "bf16"
+    return build(
+        cfg.probe.benchmark, cfg.probe.root, size=cfg.window, mpp=mpp, seed=cfg.seed, bf16=bf16
+    )

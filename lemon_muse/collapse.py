@@ -19,7 +19,7 @@ def measure(features: torch.Tensor) -> dict[str, float]:
             (RankMe, Garrido et al. 2023, on centred features): 1 to min(n, d).
         uniformity: log mean exp(-2 |a - b|^2) over pairs (Wang & Isola 2020): 0 when all are equal,
             about -4 for a uniform sphere.
-        top_share: largest share of features whose strongest channel is the same one: 1 when one-hot.
+        top_share: share of features whose strongest channel is the same one: 1 when one-hot.
     """
     x = features[:MOST].float()
     n, d = x.shape
@@ -44,13 +44,13 @@ def diagnose(
 ) -> str | None:
     """A sentence when something is wrong, else None.
 
-    Thresholds are far from what healthy runs show; the loss is judged after a tenth of the run only.
+    Thresholds are far from what healthy runs show; the loss is judged after a tenth of the run.
     """
     if health["feature_std"] < 0.01:
         return (
             f"uniform collapse: all features are nearly equal (feature_std "
-            f"{health['feature_std']:.4f}); likely causes are a learning rate that is too high or a "
-            f"teacher that is not the student at step 0. Lower optim.lr or set optim.clip=1."
+            f"{health['feature_std']:.4f}); likely causes are a learning rate that is too high or "
+            f"a teacher that is not the student at step 0. Lower optim.lr or set optim.clip=1."
         )
     if health["effective_rank"] < 2 and dim > 8:
         return (
@@ -59,12 +59,12 @@ def diagnose(
         )
     if health["top_share"] > 0.95:
         return (
-            f"one-hot collapse: the same channel is the strongest in {health['top_share']:.0%} of the "
-            f"features. Lower optim.lr, or raise method.temperature."
+            f"one-hot collapse: the same channel is the strongest in {health['top_share']:.0%} of "
+            f"the features. Lower optim.lr, or raise method.temperature."
         )
     if step > 0.1 * steps and abs(loss - chance) < 0.01 * chance:
         return (
-            f"the loss {loss:.3f} still is the chance level {chance:.3f} after {step} steps: nothing is "
-            f"learnt. Check optim.lr and optim.warmup, and that data= holds different nuclei."
+            f"the loss {loss:.3f} still is chance level {chance:.3f} after {step} steps: nothing "
+            f"is learnt. Check optim.lr and optim.warmup, and that data= holds different nuclei."
         )
     return None

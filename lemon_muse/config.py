@@ -1,8 +1,8 @@
 """Load YAML and ``a.b=value`` words into a typed, frozen model; nothing is accepted and ignored.
 
-A job's settings are a pydantic model that stands beside the code it configures. Its defaults are the
-recipe; a YAML file holds differences; words come last. Every mistake is one sentence (`UserError`)
-that names the key, the allowed values and the nearest right name.
+A job's settings are a pydantic model that stands beside the code it configures. Its defaults are
+the recipe; a YAML file holds differences; words come last. Every mistake is one sentence
+(`UserError`) that names the key, the allowed values and the nearest right name.
 """
 
 import difflib
@@ -34,7 +34,7 @@ def load(model: type[C], words: list[str]) -> C:
 
     Args:
         model: the settings model of the job.
-        words: at most one YAML file name (first), then ``a.b=value`` words. Values are read as YAML.
+        words: at most one YAML file name (first), then ``a.b=value`` words. Values are YAML.
 
     Raises:
         UserError: an unknown key, a value of the wrong kind, a file that is not there.
@@ -63,7 +63,7 @@ def validate(model: type[C], tree: dict[str, Any]) -> C:
 
 
 def find(name: str) -> Path:
-    """Where a YAML file is: the working folder first, then the recipes that ship with the package."""
+    """Where a YAML file is: the working folder first, then the recipes shipped with the package."""
     given = Path(name)
     places = [given, ROOT / "configs" / given.name, ROOT.parent / "configs" / given.name]
     for place in places:
@@ -99,7 +99,8 @@ def help_text(model: type[Config], prefix: str = "") -> str:
         shown = "required" if default is PydanticUndefined else f"default {_show(default)}"
         kind = _type_name(field.annotation)
         lines.append(
-            f"  {prefix}{name:<{max(1, 26 - len(prefix))}} {field.description or ''} [{kind}; {shown}]"
+            f"  {prefix}{name:<{max(1, 26 - len(prefix))}} {field.description or ''} "
+            f"[{kind}; {shown}]"
         )
     return "\n".join(lines + groups)
 

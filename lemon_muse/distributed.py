@@ -59,7 +59,9 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device '{device}' is not known; use auto, cpu, cuda or cuda:0.") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto.")
+            raise UserError(
+                "device=cuda, but torch sees no GPU here; use device=cpu or device=auto."
+            )
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank)
     return chosen
@@ -67,7 +69,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 @torch.no_grad()
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order, [n, …] -> [world * n, …]; no gradient; n equal on all ranks."""
+    """Rows of all ranks in rank order, [n, …] -> [world * n, …]; no gradient; n is equal on all."""
     if world() == 1:
         return x
     out = [torch.empty_like(x) for _ in range(world())]
@@ -114,9 +116,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     K ranks equal one). Equal local batch sizes are assumed.
     """
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {x.dim()}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world() == 1:

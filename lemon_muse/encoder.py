@@ -8,7 +8,7 @@ timm opens it unchanged: `timm.create_model("local-dir:FOLDER", pretrained=True)
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         self.architecture, self.arguments = architecture, dict(arguments)
         self.image_size, self.mpp, self.name = image_size, mpp, name
         self.mean, self.std = tuple(mean), tuple(std)
-        self.dim = int(network.num_features)
+        self.dim = int(cast(int, network.num_features))
         patch = getattr(network, "patch_embed", None)
         blocks = getattr(network, "blocks", None)
         self.patch_size = int(patch.patch_size[0]) if patch is not None else None
@@ -101,7 +101,9 @@ def save_encoder(encoder: Encoder, folder: Path, *, card: dict[str, Any] | None 
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.detach().cpu().clone()
+        k: v.detach().float().cpu().contiguous()
+        if v.is_floating_point()
+        else v.detach().cpu().clone()
         for k, v in encoder.network.state_dict().items()
     }
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -152,7 +154,7 @@ def load(path: Path | str, *, check: bool = True) -> Encoder:
         check: compare the stored input/output pair (relative difference < 1e-3).
 
     Raises:
-        UserError: not an encoder folder, weights that do not fit, or another function than was saved.
+        UserError: not an encoder folder, weights that do not fit, or another function than saved.
     """
     import timm
 
@@ -161,8 +163,8 @@ def load(path: Path | str, *, check: bool = True) -> Encoder:
         folder = folder / "encoder"
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{path} is not an encoder folder (no config.json); give the folder that 'lemon-muse train' "
-            f"wrote as encoder/, or the run folder."
+            f"{path} is not an encoder folder (no config.json); give the folder that 'lemon-muse "
+            f"train' wrote as encoder/, or the run folder."
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -191,8 +193,9 @@ def load(path: Path | str, *, check: bool = True) -> Encoder:
         apart = float((got - pair["output"]).norm() / pair["output"].norm().clamp_min(1e-12))
         if not apart < 1e-3:
             raise UserError(
-                f"the encoder in {folder} does not give the output that was saved with it (relative "
-                f"difference {apart:.2g}): the weights or the timm version differ from the writer's."
+                f"the encoder in {folder} does not give the output that was saved with it "
+                f"(relative difference {apart:.2g}): the weights or the timm version differ from "
+                f"the writer's."
             )
     return encoder
 
@@ -223,8 +226,9 @@ def _card(encoder: Encoder, card: dict[str, Any]) -> str:
         "",
         "A nucleus encoder for H&E, pretrained without labels by lemon_muse.",
         "",
-        f"- input: RGB window of {encoder.image_size} × {encoder.image_size} px at {encoder.mpp} µm/px "
-        f"around a nucleus; values in [0, 1], then mean {list(encoder.mean)}, std {list(encoder.std)}",
+        f"- input: RGB window of {encoder.image_size} × {encoder.image_size} px at {encoder.mpp} "
+        f"µm/px around a nucleus; values in [0, 1], then mean {list(encoder.mean)}, "
+        f"std {list(encoder.std)}",
         f"- output: {encoder.dim} features ({encoder.feature})",
         f"- network: timm `{encoder.architecture}` with {json.dumps(encoder.arguments)}",
         f"- content hash: {encoder.content_hash}; written by lemon_muse {__version__}",

@@ -14,7 +14,7 @@ PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "V100": 125
 
 
 def of_step(method: Method, batch: dict[str, Any]) -> float:
-    """FLOPs a crop of forward and backward (matrix products and convolutions), counted on a copy."""
+    """FLOPs a crop of forward and backward (matrix products, convolutions), counted on a copy."""
     rows = min(4, len(batch["pixels"]))
     small = {
         "pixels": batch["pixels"][:rows],

@@ -26,7 +26,9 @@ def info_nce(queries: torch.Tensor, keys: torch.Tensor, *, temperature: float) -
         queries = F.normalize(queries.float(), dim=1)
         keys = distributed.gather(F.normalize(keys.detach().float(), dim=1))
         logits = queries @ keys.T / temperature  # [n, n * world]
-        labels = torch.arange(len(queries), device=logits.device) + len(queries) * distributed.rank()
+        labels = (
+            torch.arange(len(queries), device=logits.device) + len(queries) * distributed.rank()
+        )
         return F.cross_entropy(logits, labels) * (2 * temperature)
 
 

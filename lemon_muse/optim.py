@@ -14,11 +14,16 @@ class Optim(Config):
 
     name: Literal["adamw", "lars", "sgd"] = Field("adamw", description="optimiser")
     lr: float = Field(
-        1.5e-4, gt=0, description="peak learning rate for a global batch of 256; scaled by batch/256"
+        1.5e-4,
+        gt=0,
+        description="peak learning rate for a global batch of 256; scaled by batch/256",
     )
     end_lr: float = Field(0.0, ge=0, description="learning rate at the last step, scaled likewise")
     warmup: float = Field(
-        0.133, ge=0, lt=1, description="share of the steps with linearly rising rate (20 of 150 epochs)"
+        0.133,
+        ge=0,
+        lt=1,
+        description="share of the steps with linearly rising rate (20 of 150 epochs)",
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on every tensor")
     decay_norms: bool = Field(

@@ -49,13 +49,19 @@ class Train(Config):
     accumulate: int = Field(
         1, gt=0, description="parts that a rank's batch is split into; negatives come from one part"
     )
-    window: int = Field(40, gt=0, description="side of the window the network sees, px of the shards")
+    window: int = Field(
+        40, gt=0, description="side of the window the network sees, px of the shards"
+    )
     normalise: Literal["shards", "lemon", "imagenet"] = Field(
         "shards", description="mean and std: of these shards, LEMON's released ones, ImageNet's"
     )
     seed: int = Field(0, ge=0, description="of weights, order and views")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="autocast; losses are always fp32")
-    shuffle_blocks: int = Field(64, gt=0, description="blocks of the shards that are shuffled together")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="autocast; losses are always fp32"
+    )
+    shuffle_blocks: int = Field(
+        64, gt=0, description="blocks of the shards that are shuffled together"
+    )
     method: MoCoV3Config = Field(MoCoV3Config(), description="the method")
     backbone: Backbone = Field(Backbone(), description="the network")
     view: ViewConfig = Field(ViewConfig(), description="augmentation")
@@ -72,14 +78,27 @@ class Train(Config):
     @model_validator(mode="after")
     def _fits(self) -> "Train":
         if self.batch % self.accumulate:
-            raise ValueError(f"batch={self.batch} is not divisible by accumulate={self.accumulate}.")
+            raise ValueError(
+                f"batch={self.batch} is not divisible by accumulate={self.accumulate}."
+            )
         if self.probe.benchmark and not self.probe.root:
             raise ValueError("probe.benchmark needs probe.root=FOLDER, the benchmark's folder.")
         return self
 
 
 # What may change when a run is continued: nothing that has a part in the result.
-FREE = ("data", "out", "save_every", "keep", "workers", "device", "compile", "watch", "probe", "name")
+FREE = (
+    "data",
+    "out",
+    "save_every",
+    "keep",
+    "workers",
+    "device",
+    "compile",
+    "watch",
+    "probe",
+    "name",
+)
 
 
 def check(cfg: Train, index: Index) -> None:
@@ -97,10 +116,13 @@ def check(cfg: Train, index: Index) -> None:
         )
     if cfg.batch % (world * cfg.accumulate):
         raise UserError(
-            f"batch={cfg.batch} is not divisible by ranks × accumulate = {world} × {cfg.accumulate}."
+            f"batch={cfg.batch} is not divisible by ranks × accumulate = {world} × "
+            f"{cfg.accumulate}."
         )
     if cfg.batch // (world * cfg.accumulate) < 2:
-        raise UserError("fewer than 2 crops per rank and part: batch norm needs more; raise batch=.")
+        raise UserError(
+            "fewer than 2 crops per rank and part: batch norm needs more; raise batch=."
+        )
 
 
 def setting(cfg: Train, index: Index) -> Setting:

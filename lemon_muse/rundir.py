@@ -34,7 +34,9 @@ def open_run(folder: Path, config: Config, *, free: tuple[str, ...]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={folder} cannot be made ({error.strerror}); give another folder.") from None
+        raise UserError(
+            f"out={folder} cannot be made ({error.strerror}); give another folder."
+        ) from None
     path = folder / "config.yaml"
     if path.is_file():
         before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
@@ -42,7 +44,8 @@ def open_run(folder: Path, config: Config, *, free: tuple[str, ...]) -> None:
         changed = [
             f"{k}: {before.get(k)} -> {now.get(k)}"
             for k in sorted(before.keys() | now.keys())
-            if before.get(k) != now.get(k) and not any(k == f or k.startswith(f + ".") for f in free)
+            if before.get(k) != now.get(k)
+            and not any(k == f or k.startswith(f + ".") for f in free)
         ]
         if changed:
             raise UserError(
@@ -53,7 +56,9 @@ def open_run(folder: Path, config: Config, *, free: tuple[str, ...]) -> None:
     starts = []
     if (folder / "run.json").is_file():
         starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
-    write_atomic(folder / "run.json", json.dumps({"starts": [*starts, describe()]}, indent=1).encode())
+    write_atomic(
+        folder / "run.json", json.dumps({"starts": [*starts, describe()]}, indent=1).encode()
+    )
 
 
 def describe() -> dict[str, Any]:
@@ -72,7 +77,9 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": libraries,
         "host": platform.node(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     }
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: it moves a batch, calls the method, steps, logs, saves; it knows no method.
+"""The training loop: it moves a batch, calls the method, steps, logs, saves; it knows no method.
 
 Everything that depends on chance is a function of (seed, step): the order of samples, the views,
 the generators of the process. A checkpoint is therefore weights, optimiser and step; resuming gives
@@ -28,6 +28,7 @@ from lemon_muse.recipe import FREE, Train, check, setting, shard_facts
 from lemon_muse.stop import Stop
 
 Probe = Callable[[Encoder], dict[str, float]]
+
 
 def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None = None) -> Path:
     """Train, and write the encoder folder.
@@ -62,9 +63,7 @@ def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None =
 class Loop:
     """State of a run: method, optimiser, step."""
 
-    def __init__(
-        self, cfg: Train, index: Index, device: torch.device, probe: Probe | None
-    ) -> None:
+    def __init__(self, cfg: Train, index: Index, device: torch.device, probe: Probe | None) -> None:
         self.cfg, self.index, self.device, self.probe = cfg, index, device, probe
         self.step = 0
         self.setting = setting(cfg, index)
@@ -95,7 +94,9 @@ class Loop:
             self.optimiser.load_state_dict(state["optimiser"])
         steps = distributed.objects_of_ranks(self.step)
         if len(set(steps)) > 1:
-            raise RunError(f"ranks found checkpoints of different steps {steps}; is out= on a shared disk?")
+            raise RunError(
+                f"ranks found checkpoints of different steps {steps}; is out= on a shared disk?"
+            )
         self.monitor = Monitor(
             self.cfg.out, first=self.step, steps=self.cfg.steps, active=distributed.rank() == 0
         )
@@ -155,7 +156,7 @@ class Loop:
     def _one_step(
         self, runner: Callable[..., dict[str, torch.Tensor]], batch: dict[str, Any], stop: Stop
     ) -> dict[str, float]:
-        """Forward, backward, guard, optimiser, EMA. Returns scalars (and keeps features for later)."""
+        """Forward, backward, guard, optimiser, EMA. Returns scalars (keeps features for later)."""
         cfg, step = self.cfg, self.step
         # Whatever draws from the global generators (drop-path) is a function of the step as well.
         torch.manual_seed(_mix(cfg.seed, step, distributed.rank()))
@@ -168,7 +169,9 @@ class Loop:
             last = number == cfg.accumulate - 1
             quiet = nullcontext() if last or distributed.world() == 1 else runner.no_sync()  # type: ignore[attr-defined]
             with quiet:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                with torch.autocast(
+                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
+                ):
                     out = runner(micro, step)
                 (out["loss"] / cfg.accumulate).backward()
             loss += out["loss"].detach().float() / cfg.accumulate
@@ -185,13 +188,13 @@ class Loop:
             self.step += 1
             self.save()
             raise RunError(
-                f"stopped by {stop.name} at step {self.step}; everything is saved in {cfg.out}, run the "
-                f"same words to go on."
+                f"stopped by {stop.name} at step {self.step}; everything is saved in {cfg.out}, "
+                f"run the same words to go on."
             )
         return {"lr": rate, **logged, **norm}
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rank's batch on the device, with its rows of the global views, in accumulation parts."""
+        """The rank's batch on the device, with its rows of the views, in accumulation parts."""
         cfg, world = self.cfg, distributed.world()
         pixels = torch.from_numpy(batch["pixels"])
         if self.device.type == "cuda":
@@ -223,10 +226,10 @@ class Loop:
         mine = None if bool(loss.isfinite()) else self.batches.reader.describe(batch["samples"][:3])
         named = {r: who for r, who in enumerate(distributed.objects_of_ranks(mine)) if who}
         raise RunError(
-            f"the loss is not finite at step {self.step} on rank(s) {sorted(named)}; first samples of "
-            f"that batch: {'; '.join(f'rank {r}: ' + ', '.join(w) for r, w in named.items())}. The "
-            f"weights were not touched: the last checkpoint is good. Lower optim.lr, set optim.clip=1, "
-            f"or use precision=fp32."
+            f"the loss is not finite at step {self.step} on rank(s) {sorted(named)}; first samples "
+            f"of that batch: {'; '.join(f'rank {r}: ' + ', '.join(w) for r, w in named.items())}. "
+            f"The weights were not touched: the last checkpoint is good. Lower optim.lr, set "
+            f"optim.clip=1, or use precision=fp32."
         )
 
     def _report(self, values: dict[str, float], clock: Clock) -> None:
@@ -291,7 +294,9 @@ class Loop:
 
 def _mix(seed: int, step: int, salt: int) -> int:
     """One generator seed of three numbers (splitmix64 rounds; consecutive steps are unrelated)."""
-    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + salt * 0x94D049BB133111EB) % 2**64
+    value = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + salt * 0x94D049BB133111EB
+    ) % 2**64
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return (value ^ (value >> 31)) % 2**63

@@ -32,7 +32,13 @@ def crop_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_blob_shards(
-    folder: Path, *, count: int = 700, size: int = 32, block: int = 64, encoding: str = "raw", seed: int = 0
+    folder: Path,
+    *,
+    count: int = 700,
+    size: int = 32,
+    block: int = 64,
+    encoding: str = "raw",
+    seed: int = 0,
 ) -> Path:
     """Shards of round and long dark blobs on a pink ground: something that can be learnt."""
     rng = np.random.default_rng(seed)

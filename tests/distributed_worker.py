@@ -28,7 +28,9 @@ def main(out: Path, words: list[str]) -> None:
             result["loss"].backward()
             seen[f"samples{step}"] = batch["samples"]
             seen[f"view{step}"] = loop.method._views(micro)[0].numpy()  # type: ignore[operator]
-            seen[f"loss{step}"] = distributed.mean_over_ranks(result["loss"].detach().clone()).numpy()
+            seen[f"loss{step}"] = distributed.mean_over_ranks(
+                result["loss"].detach().clone()
+            ).numpy()
             grads = [p.grad.flatten() for p in loop.method.parameters() if p.grad is not None]
             seen[f"grad{step}"] = torch.cat(grads).numpy()
             for group in loop.optimiser.param_groups:

@@ -26,7 +26,10 @@ def test_healthy_features() -> None:
     ("features", "name"),
     [
         (torch.ones(512, 64) + 1e-4 * HEALTHY, "uniform collapse"),
-        (torch.eye(64)[torch.randint(0, 1, (512,))] * HEALTHY.abs() * 9 + 0.01 * HEALTHY, "collapse"),
+        (
+            torch.eye(64)[torch.randint(0, 1, (512,))] * HEALTHY.abs() * 9 + 0.01 * HEALTHY,
+            "collapse",
+        ),
         (HEALTHY[:, :1] @ torch.randn(1, 64, generator=G), "dimensional collapse"),
     ],
 )
@@ -46,7 +49,12 @@ def test_effective_rank_and_uniformity_equal_plain_formulas() -> None:
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     values = np.linalg.svd(unit - unit.mean(0), compute_uv=False)
     p = values / values.sum()
-    pairs = [np.exp(-2 * np.sum((a - b) ** 2)) for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
+    pairs = [
+        np.exp(-2 * np.sum((a - b) ** 2))
+        for i, a in enumerate(unit)
+        for j, b in enumerate(unit)
+        if i != j
+    ]
     health = collapse.measure(HEALTHY[:40, :8])
     assert health["effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
     assert health["uniformity"] == pytest.approx(np.log(np.mean(pairs)), rel=1e-3)

@@ -31,7 +31,9 @@ class Outer(Config):
 
 def test_words_override_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("count: 5\ninner: {rate: 1e-3}\n")  # PyYAML reads 1e-3 as text; the type mends it
+    file.write_text(
+        "count: 5\ninner: {rate: 1e-3}\n"
+    )  # PyYAML reads 1e-3 as text; the type mends it
     cfg = load(Outer, [str(file), "count=7", "place=/x=y"])
     assert (cfg.count, cfg.inner.rate, cfg.place) == (7, 1e-3, Path("/x=y"))
 

@@ -57,7 +57,17 @@ def test_load_gives_back_all_facts(name: str, tmp_path: Path) -> None:
     ours = make(BACKBONES[name]).eval()
     enc.save_encoder(ours, tmp_path)
     back = enc.load(tmp_path)
-    for fact in ("dim", "image_size", "patch_size", "num_heads", "mpp", "mean", "std", "feature", "name"):
+    for fact in (
+        "dim",
+        "image_size",
+        "patch_size",
+        "num_heads",
+        "mpp",
+        "mean",
+        "std",
+        "feature",
+        "name",
+    ):
         assert getattr(back, fact) == getattr(ours, fact), fact
     assert back.content_hash == ours.content_hash
     assert not back.training and not any(p.requires_grad for p in back.parameters())
@@ -101,7 +111,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     ours = make(BACKBONES["vit_s8"])
     with torch.no_grad():
         ours.network.norm.weight[0] = float("nan")
-    with pytest.raises(RunError, match="non-finite weights in norm.weight"):
+    with pytest.raises(RunError, match=r"non-finite weights in norm\.weight"):
         enc.save_encoder(ours, tmp_path)
     assert not (tmp_path / "config.json").exists()
 

@@ -58,7 +58,9 @@ def test_every_package_is_installed() -> None:
     listed.read(ROOT / "setup.cfg")
     packages = set(listed["options"]["packages"].split())
     found = {
-        ".".join(p.parent.relative_to(ROOT).parts) for room in ROOMS for p in (ROOT / room).rglob("__init__.py")
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for room in ROOMS
+        for p in (ROOT / room).rglob("__init__.py")
     }
     assert packages == found | {"lemon_muse.configs"}
 

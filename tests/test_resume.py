@@ -22,23 +22,40 @@ WORDS = [
     "precision=fp32",
     "method.hidden=64",
     "method.out_dim=32",
-    "backbone={name: vit_tiny, patch: 8, args: {depth: 2, embed_dim: 48, drop_path_rate: 0.2}, heads: 3}",
+    "backbone={name: vit_tiny, patch: 8, heads: 3, "
+    "args: {depth: 2, embed_dim: 48, drop_path_rate: 0.2}}",
     "backbone.freeze_patch=false",
     "optim.lr=0.004",
     "optim.clip=1",
     "watch.every=1",
     "workers=1",
 ]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(data: Path, out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "launch.cli", "train", f"data={data}", f"out={out}", *WORDS, *words]
+    return [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "train",
+        f"data={data}",
+        f"out={out}",
+        *WORDS,
+        *words,
+    ]
 
 
 def train(data: Path, out: Path, *words: str) -> None:
-    done = subprocess.run(command(data, out, *words), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(
+        command(data, out, *words), cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -162,10 +179,11 @@ def test_other_settings_in_the_same_folder_are_refused(data: Path, tmp_path: Pat
     train(data, tmp_path / "run", "steps=2")
     done = subprocess.run(
         command(data, tmp_path / "run", "steps=2", "method.temperature=0.5"),
-        cwd=ROOT, env=ENV, capture_output=True, text=True,
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "method.temperature: 0.2 -> 0.5" in done.stderr
     assert RunError  # exit code 1 belongs to failures while running, 2 to words
-
-

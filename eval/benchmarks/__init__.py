@@ -6,7 +6,7 @@ from typing import Protocol
 
 from eval.benchmarks.brcam2c import BrcaM2C
 from eval.benchmarks.generated import Generated
-from eval.table import Table
+from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 
 

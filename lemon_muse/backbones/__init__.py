@@ -27,15 +27,23 @@ VITS: dict[str, tuple[str, int]] = {
 class Backbone(Config):
     """The encoder network."""
 
-    name: str = Field("vit_small", description="vit_tiny, vit_small, vit_base or any timm model name")
+    name: str = Field(
+        "vit_small", description="vit_tiny, vit_small, vit_base or any timm model name"
+    )
     patch: int = Field(8, gt=0, description="ViT patch side, px; must divide the window")
     heads: int | None = Field(None, description="ViT attention heads; none = the method's table")
-    pool: Literal["token", "avg"] = Field("token", description="ViT feature: class token or mean of patches")
+    pool: Literal["token", "avg"] = Field(
+        "token", description="ViT feature: class token or mean of patches"
+    )
     freeze_patch: bool = Field(
         True, description="ViT: keep the random patch projection fixed (MoCo v3's stability trick)"
     )
-    sincos: bool = Field(True, description="ViT: fixed 2-D sin-cos positions instead of learnt ones")
-    args: dict[str, Any] = Field({}, description="further timm arguments, e.g. {depth: 4, embed_dim: 192}")
+    sincos: bool = Field(
+        True, description="ViT: fixed 2-D sin-cos positions instead of learnt ones"
+    )
+    args: dict[str, Any] = Field(
+        {}, description="further timm arguments, e.g. {depth: 4, embed_dim: 192}"
+    )
 
 
 def timm_arguments(settings: Backbone, window: int) -> tuple[str, dict[str, Any]]:
@@ -74,7 +82,9 @@ def build(settings: Backbone, window: int, *, seed: int) -> nn.Module:
         try:
             network = timm.create_model(architecture, num_classes=0, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(f"timm cannot build {architecture} with {arguments}: {error}.") from None
+            raise UserError(
+                f"timm cannot build {architecture} with {arguments}: {error}."
+            ) from None
         if isinstance(network, timm.models.VisionTransformer):
             prepare_moco_vit(network, freeze_patch=settings.freeze_patch, sincos=settings.sincos)
     return network

@@ -1,34 +1,40 @@
-"""What MoCo v3 does to a ViT: initialisation, fixed 2-D sin-cos positions, frozen patch projection."""
+"""What MoCo v3 does to a ViT: initial weights, fixed sin-cos positions, frozen patch projection."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def sincos_positions(dim: int, rows: int, cols: int, *, temperature: float = 10000.0) -> torch.Tensor:
+def sincos_positions(
+    dim: int, rows: int, cols: int, *, temperature: float = 10000.0
+) -> torch.Tensor:
     """Fixed 2-D sin-cos position table, float32 [rows * cols, dim].
 
-    Quarter of the channels each: sin and cos of the column, sin and cos of the row are laid out as in
-    the released LEMON weights, whose first half encodes the row index (meshgrid 'ij').
+    Quarter of the channels each: sin and cos of the column, sin and cos of the row are laid out as
+    in the released LEMON weights, whose first half encodes the row index (meshgrid 'ij').
     """
     if dim % 4:
         raise ValueError(f"the width must be divisible by 4, not {dim}")
     quarter = dim // 4
     omega = 1.0 / temperature ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     row, col = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(cols, dtype=torch.float64), indexing="ij"
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(cols, dtype=torch.float64),
+        indexing="ij",
     )
     by_row = row.reshape(-1, 1) * omega
     by_col = col.reshape(-1, 1) * omega
     return torch.cat([by_row.sin(), by_row.cos(), by_col.sin(), by_col.cos()], dim=1).float()
 
 
-def prepare_moco_vit(vit: nn.Module, *, freeze_patch: bool, sincos: bool) -> None:
+def prepare_moco_vit(vit: Any, *, freeze_patch: bool, sincos: bool) -> None:
     """Initialise a timm ViT as the MoCo v3 reference does (facebookresearch/moco-v3, vits.py).
 
-    Linear layers Xavier-uniform (q, k and v as three matrices), biases zero, class token N(0, 1e-6),
-    patch projection uniform by its fan; positions sin-cos with a zero row for the class token.
+    Linear layers Xavier-uniform (q, k and v as three matrices), biases zero, class token
+    N(0, 1e-6), patch projection uniform by its fan; positions sin-cos with a zero row for the
+    class token.
     """
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):

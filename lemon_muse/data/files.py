@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write under a temporary name, sync, rename: a killed job leaves the old file or the new one."""
+    """Write under a temporary name, sync, rename: a killed job leaves the old file or the new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -39,8 +39,8 @@ def crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Square windows around points of an image that already has the wanted mpp.
 
-    The window of a point covers [round(x - size/2), round(x - size/2) + size): the point lies within
-    half a pixel of the window's middle, and no pixel is resampled.
+    The window of a point covers [round(x - size/2), round(x - size/2) + size): the point lies
+    within half a pixel of the window's middle, and no pixel is resampled.
 
     Args:
         image: uint8 [H, W, 3].

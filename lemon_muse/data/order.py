@@ -30,7 +30,9 @@ class Order:
     def __post_init__(self) -> None:
         total = int(np.sum(self.counts))
         if self.batch > total:
-            raise ValueError(f"a batch of {self.batch} needs at least as many nuclei; there are {total}")
+            raise ValueError(
+                f"a batch of {self.batch} needs at least as many nuclei; there are {total}"
+            )
 
     @property
     def steps_a_pass(self) -> int:
@@ -61,10 +63,14 @@ class Order:
             blocks = rng.permutation(len(self.counts))
             sizes = np.asarray(self.counts, np.int64)[blocks]
             edges = np.arange(0, len(blocks), self.window)
-            self._cache.update({"pass": number, "windows": (blocks, np.add.reduceat(sizes, edges).cumsum())})
+            self._cache.update(
+                {"pass": number, "windows": (blocks, np.add.reduceat(sizes, edges).cumsum())}
+            )
         return self._cache["windows"]  # type: ignore[return-value]
 
-    def _shuffled(self, number: int, window: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffled(
+        self, number: int, window: int, blocks: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All samples of a window in shuffled order."""
         if self._cache.get("window") != (number, window):
             mine = blocks[window * self.window : (window + 1) * self.window]

@@ -40,7 +40,9 @@ class BlockReader:
         """The metadata columns of a block."""
         row = self.index.blocks[block]
         self._checked[block] = False
-        payload = self._read(block, int(row["meta_offset"]), int(row["meta_length"]), int(row["meta_crc"]))
+        payload = self._read(
+            block, int(row["meta_offset"]), int(row["meta_length"]), int(row["meta_crc"])
+        )
         with np.load(io.BytesIO(payload), allow_pickle=False) as members:
             return dict(members)
 
@@ -67,8 +69,8 @@ class BlockReader:
         got = os.preadv(file, [payload], offset)
         if got != length or (not self._checked[block] and zlib.crc32(payload) != crc):
             raise RunError(
-                f"block {block} of {self.index.shard(shard)} has changed since it was written (checksum); "
-                f"'lemon-muse prep check data={self.index.folder}' lists what is damaged."
+                f"block {block} of {self.index.shard(shard)} has changed since it was written "
+                f"(checksum); 'lemon-muse prep check data={self.index.folder}' lists the damage."
             )
         self._checked[block] = True
         return payload
@@ -87,7 +89,15 @@ class CropBatches:
     """
 
     def __init__(
-        self, index: Index, *, seed: int, batch: int, window: int, rank: int, world: int, workers: int
+        self,
+        index: Index,
+        *,
+        seed: int,
+        batch: int,
+        window: int,
+        rank: int,
+        world: int,
+        workers: int,
     ) -> None:
         self.index = index
         self.reader = BlockReader(index)
@@ -144,4 +154,3 @@ class CropBatches:
                 got = self._blocks[b] = got.result()
             out[b] = got
         return out
-

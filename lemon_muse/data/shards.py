@@ -6,9 +6,9 @@ A set of shards is a folder:
     index.json           schema, mpp, size, encoding, mean/std, counts per slide, list of shards
     blocks.npy           one row a block: where its bytes are, how many nuclei, checksums
 
-A sample has two members: pixels (`<key>.pixels.npy`, uint8 [N, S, S, 3], or `<key>.sheet.jpg`, a
-JPEG 4:4:4 of 16 cells a row) and metadata (`<key>.meta.npz`, one array a column, `COLUMNS`).
-`index.json` is written last: a folder without it is not a set. docs/formats.md has the whole format.
+A sample has two members: pixels (`<key>.pixels.npy`, uint8 [N, S, S, 3], or `<key>.sheet.jpg`,
+a JPEG 4:4:4 of 16 cells a row) and metadata (`<key>.meta.npz`, one array a column, `COLUMNS`).
+`index.json` is written last: a folder without it is not a set. docs/formats.md has the full format.
 """
 
 import io
@@ -30,7 +30,7 @@ from lemon_muse.errors import RunError, UserError
 
 SCHEMA = 1
 CELLS_A_ROW = 16  # of a JPEG sheet
-# Columns of the metadata member. Coordinates: px of the source image at its own mpp, centres at +0.5.
+# Columns of the metadata member. Coordinates: px of the source image at its own mpp, centres +0.5.
 COLUMNS: dict[str, str] = {
     "slide": "U",
     "patient": "U",
@@ -94,26 +94,30 @@ def open_index(folder: Path) -> Index:
     """Read the index of a set and compare it with the files that are there.
 
     Raises:
-        UserError: no index, another schema, a missing or truncated shard, an index that does not fit.
+        UserError: no index, another schema, a missing or truncated shard, an index that misfits.
     """
     path = folder / "index.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} has no index.json, so it is not a finished set of crop shards; make one with "
-            f"'lemon-muse prep crops data=… out={folder}' (a killed job is continued by the same words)."
+            f"{folder} has no index.json, so it is not a finished set of crop shards; make one: "
+            f"'lemon-muse prep crops data=… out={folder}' (the same words resume a killed job)."
         )
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         rows = (folder / "blocks.npy").read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"the index of {folder} is not readable ({error}); make the set anew.") from None
+        raise UserError(
+            f"the index of {folder} is not readable ({error}); make the set anew."
+        ) from None
     if header.get("schema") != SCHEMA or header.get("kind") != "crops":
         raise UserError(
-            f"{path} has schema {header.get('schema')!r} of {header.get('kind')!r}, but this version "
-            f"reads schema {SCHEMA} of 'crops'."
+            f"{path} has schema {header.get('schema')!r} of {header.get('kind')!r}, but this "
+            f"version reads schema {SCHEMA} of 'crops'."
         )
     if zlib.crc32(rows) != header["blocks_crc"]:
-        raise UserError(f"{folder}/blocks.npy does not belong to its index.json; make the set anew.")
+        raise UserError(
+            f"{folder}/blocks.npy does not belong to its index.json; make the set anew."
+        )
     blocks = np.load(io.BytesIO(rows), allow_pickle=False)
     for shard in header["shards"]:
         file = folder / shard["name"]
@@ -143,7 +147,9 @@ def encode(pixels: np.ndarray, encoding: str, quality: int) -> tuple[str, bytes]
     return "sheet.jpg", buffer.getvalue()
 
 
-def decode(payload: bytes | memoryview, encoding: str, count: int, size: int) -> np.ndarray:
+def decode(
+    payload: bytes | bytearray | memoryview, encoding: str, count: int, size: int
+) -> np.ndarray:
     """Pixels uint8 [count, size, size, 3] of a payload that `encode` made."""
     if encoding == "raw":
         data = np.frombuffer(payload, np.uint8)
@@ -157,8 +163,8 @@ def decode(payload: bytes | memoryview, encoding: str, count: int, size: int) ->
 class ShardWriter:
     """Write blocks of crops into tar shards and, at the end, the index.
 
-    Each shard is written under a temporary name, synced and renamed; the index comes last. A job that
-    dies leaves no `index.json`; leftovers of an earlier try are removed when a new writer starts.
+    Each shard is written under a temporary name, synced and renamed; the index comes last. A job
+    that dies leaves no `index.json`; leftovers of an earlier try are removed by a new writer.
 
     Args:
         folder: where the set goes.
@@ -185,8 +191,8 @@ class ShardWriter:
             raise UserError(f"encoding must be 'raw' or 'jpeg', not {encoding!r}.")
         if encoding == "jpeg" and size % 16:
             raise UserError(
-                f"JPEG sheets need a crop size that is a multiple of 16 (cells would leak into each "
-                f"other), not {size}; take size={-(-size // 16) * 16}."
+                f"JPEG sheets need a crop size that is a multiple of 16 (cells would leak into "
+                f"each other), not {size}; take size={-(-size // 16) * 16}."
             )
         self.folder, self.size, self.mpp = folder, size, mpp
         self.encoding, self.quality, self.shard_bytes = encoding, quality, shard_bytes
@@ -206,7 +212,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -218,8 +227,8 @@ class ShardWriter:
         if isinstance(error, OSError):
             free = shutil.disk_usage(self.folder).free
             raise RunError(
-                f"writing to {self.folder} failed ({error}; {free / 2**30:.1f} GiB free); make room and "
-                f"run the same words again."
+                f"writing to {self.folder} failed ({error}; {free / 2**30:.1f} GiB free); make "
+                f"room and run the same words again."
             ) from error
 
     def write(self, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
@@ -227,7 +236,9 @@ class ShardWriter:
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (self.size, self.size, 3):
             raise ValueError(f"a block must be uint8 [N, {self.size}, {self.size}, 3]")
         if set(columns) != set(COLUMNS) or any(len(c) != len(pixels) for c in columns.values()):
-            raise ValueError(f"a block needs the columns {list(COLUMNS)}, each of {len(pixels)} rows")
+            raise ValueError(
+                f"a block needs the columns {list(COLUMNS)}, each of {len(pixels)} rows"
+            )
         ending, payload = encode(pixels, self.encoding, self.quality)
         buffer = io.BytesIO()
         typed = {k: np.asarray(columns[k]).astype(t) for k, t in COLUMNS.items()}
@@ -239,9 +250,9 @@ class ShardWriter:
         key = f"{len(self.blocks):09d}"
         offset = self._member(f"{key}.{ending}", payload)
         meta_offset = self._member(f"{key}.meta.npz", meta)
+        sums = zlib.crc32(payload), zlib.crc32(meta)
         self.blocks.append(
-            (len(self.shards), offset, len(payload), meta_offset, len(meta), len(pixels))
-            + (zlib.crc32(payload), zlib.crc32(meta))
+            (len(self.shards), offset, len(payload), meta_offset, len(meta), len(pixels), *sums)
         )
         self._count(pixels, typed)
         if self._offset >= self.shard_bytes:

@@ -12,7 +12,7 @@ from lemon_muse.errors import RunError, UserError
 
 
 class Export(Config):
-    """Export an encoder; its features are compared with the source's before it counts as written."""
+    """Export an encoder; its features are compared with the source's before it counts as done."""
 
     run: Path | None = Field(None, description="run folder or encoder folder")
     checkpoint: Path | None = Field(None, description="a checkpoint file of a run, instead of run=")
@@ -44,7 +44,10 @@ def run(cfg: Export) -> Path:
     apart = FORMATS[cfg.format](source, cfg.out, card)
     if not apart < 1e-4:
         raise RunError(f"the exported {cfg.format} encoder differs from its source by {apart:.2g}.")
-    print(f"{cfg.out}: {cfg.format}, {source.content_hash}, largest difference to the source {apart:.1g}")
+    print(
+        f"{cfg.out}: {cfg.format}, {source.content_hash}, largest difference to "
+        f"the source {apart:.1g}"
+    )
     return cfg.out
 
 
@@ -60,7 +63,9 @@ def _of_checkpoint(path: Path, network: str) -> tuple[Any, dict[str, Any]]:
         state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         config, facts = json.loads(state["config"]), json.loads(state["shards"])
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; a run keeps them in checkpoints/.") from None
+        raise UserError(
+            f"there is no checkpoint {path}; a run keeps them in checkpoints/."
+        ) from None
     except Exception as error:
         first = str(error).split("\n")[0]
         raise UserError(f"{path} is not a lemon_muse checkpoint ({first}).") from None

@@ -1,4 +1,4 @@
-"""timm: a folder that `timm.create_model("local-dir:…", pretrained=True)` opens, and encoder.pth."""
+"""timm: a folder `timm.create_model("local-dir:…", pretrained=True)` opens, and encoder.pth."""
 
 import io
 from pathlib import Path

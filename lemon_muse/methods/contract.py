@@ -17,7 +17,7 @@ class Setting:
     """What a method needs to know of the run.
 
     `batch` is the global batch of one forward pass (all ranks, one accumulation part); `stored` is
-    the side of a crop in the shards, `window` the side of what the network sees, both in px at `mpp`.
+    the side of a crop in the shards, `window` the side of what the network sees, in px at `mpp`.
     """
 
     steps: int
@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:
-        """Augmentation parameters of `count` crops (the *global* batch), one dict a view, on the CPU.
+        """Augmentation parameters of `count` crops (the *global* batch), a dict a view, on CPU.
 
         The loop cuts out each rank's rows, so that K ranks see the views that one rank would see.
         """

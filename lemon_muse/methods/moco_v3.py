@@ -6,7 +6,7 @@ written anew. Two views of each crop; queries through encoder, projector and pre
 the momentum copies of encoder and projector; symmetric InfoNCE over the keys of all ranks.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -33,10 +33,15 @@ class MoCoV3Config(Config):
     )
     hidden: int = Field(4096, gt=0, description="width of projector and predictor")
     out_dim: int = Field(256, gt=0, description="width of the contrasted features")
-    projector_layers: int = Field(3, ge=1, description="layers of the projector (reference: 3 ViT, 2 ResNet)")
-    predictor_norm: bool = Field(True, description="BN after the predictor (reference: ViT yes, ResNet no)")
+    projector_layers: int = Field(
+        3, ge=1, description="layers of the projector (reference: 3 ViT, 2 ResNet)"
+    )
+    predictor_norm: bool = Field(
+        True, description="BN after the predictor (reference: ViT yes, ResNet no)"
+    )
     export: Literal["query", "momentum"] = Field(
-        "query", description="which encoder is probed and exported (LEMON released the query encoder)"
+        "query",
+        description="which encoder is probed and exported (LEMON released the query encoder)",
     )
 
 
@@ -47,7 +52,7 @@ class MoCoV3(Method):
         super().__init__()
         self.settings, self.setting = settings, setting
         backbone = build(setting.backbone, setting.window, seed=setting.seed)
-        width = int(backbone.num_features)
+        width = int(cast(int, backbone.num_features))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setting.seed + 1)
             projector = mlp(
@@ -97,7 +102,13 @@ class MoCoV3(Method):
         dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
         return [
             augment.apply(
-                batch["pixels"], params, s.view, window=s.window, mean=s.mean, std=s.std, dtype=dtype
+                batch["pixels"],
+                params,
+                s.view,
+                window=s.window,
+                mean=s.mean,
+                std=s.std,
+                dtype=dtype,
             )
             for params in batch["views"]
         ]

@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "_member", full)
-    with pytest.raises(RunError, match="No space left on device.*make room"), writer:
+    with pytest.raises(RunError, match=r"No space left on device.*make room"), writer:
         writer.write(blobs(8, 32, rng), blob_columns(0, 8))
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "index.json").exists()
 

@@ -72,7 +72,9 @@ def test_every_nucleus_once_with_its_pixels(source: Path, tmp_path: Path) -> Non
     # against a plain way: Pillow's bicubic upsampling of the whole image, then a slice
     big = {
         f"s{i}": np.pad(
-            np.asarray(Image.open(source / f"images/s{i}.png").resize((512, 512), Image.Resampling.BICUBIC)),
+            np.asarray(
+                Image.open(source / f"images/s{i}.png").resize((512, 512), Image.Resampling.BICUBIC)
+            ),
             ((64, 64), (64, 64), (0, 0)),
             mode="symmetric",
         )
@@ -195,11 +197,22 @@ def empty_all(folder: Path) -> None:
     ],
 )
 def test_bad_sources_are_one_sentence_and_exit_2(
-    source: Path, tmp_path: Path, spoil, said: str  # noqa: ANN001
+    source: Path,
+    tmp_path: Path,
+    spoil,
+    said: str,
 ) -> None:
     spoil(source)
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "prep", "crops", f"data={source}", f"out={tmp_path / 'out'}"],
+        [
+            sys.executable,
+            "-m",
+            "launch.cli",
+            "prep",
+            "crops",
+            f"data={source}",
+            f"out={tmp_path / 'out'}",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,14 +1,27 @@
-"""A small network with the Encoder contract, for tests that need no pretrained one."""
+"""Small stand-ins: networks with the Encoder contract, and a folder as BRCA-M2C publishes it."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from lemon_muse.encoder import Encoder, save_encoder
+
+NAMES = {
+    "train": [
+        "TCGA-A1-A0SA-01Z-00-DX1_100_200_180_200_1.0",
+        "TCGA-A1-A0SA-01Z-00-DX2_5_6_180_200_1.0",
+        "TCGA-A1-A0SB-01Z-00-DX1_5_6_180_200_1.0",
+    ],
+    "val": ["TCGA-A1-A0SC-01Z-00-DX1_5_6_180_200_1.0"],
+    "test": ["TCGA-A1-A0SD-01Z-00-DX1_5_6_180_200_0.9872000000000001"],
+}
+EVERY = [name for names in NAMES.values() for name in names]
 
 
 class TinyEncoder(nn.Module):
@@ -61,3 +74,25 @@ def small_encoder(folder: Path, *, seed: int = 0, window: int = 40, name: str = 
         name=name,
     )
     return save_encoder(encoder, folder)
+
+
+def write_brca(root: Path) -> Path:
+    """A small data set: white images of 90 x 100 px with one dark pixel under each point."""
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    for split, names in NAMES.items():
+        (root / f"brca_ds_{split}.txt").write_text("".join(f"{n}.png\n" for n in names))
+    for number, name in enumerate(EVERY):
+        pixels = np.full((100, 90, 3), 255, np.uint8)
+        lines = []
+        for i in range(4):
+            row, column = 10 + 25 * i, 80 - 20 * i - number
+            pixels[row, column] = (10, 20, 30 + i)
+            lines.append(f"{row} {column} {i % 3 + 1}\n")
+        Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+        (root / "labels" / f"{name}_gt_class_coords.txt").write_text("".join(lines))
+    return root
+
+
+def labels_of(root: Path, name: str) -> Path:
+    return root / "labels" / f"{name}_gt_class_coords.txt"

@@ -1,53 +1,21 @@
-"""Dataset-BRCA-M2C: the real folder, folders in its exact format, and every way to spoil one."""
+"""Dataset-BRCA-M2C: the real folder, and folders in its exact format."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eval.benchmarks import BENCHMARKS, find
 from eval.benchmarks.brcam2c import BrcaM2C
-from eval.table import Table
-from lemon_muse.errors import UserError
+from tests.eval.standins import EVERY, NAMES, labels_of, write_brca
 
 BENCHMARK = BrcaM2C()
-NAMES = {
-    "train": [
-        "TCGA-A1-A0SA-01Z-00-DX1_100_200_180_200_1.0",
-        "TCGA-A1-A0SA-01Z-00-DX2_5_6_180_200_1.0",
-        "TCGA-A1-A0SB-01Z-00-DX1_5_6_180_200_1.0",
-    ],
-    "val": ["TCGA-A1-A0SC-01Z-00-DX1_5_6_180_200_1.0"],
-    "test": ["TCGA-A1-A0SD-01Z-00-DX1_5_6_180_200_0.9872000000000001"],
-}
-EVERY = [name for names in NAMES.values() for name in names]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small data set: white images of 90 x 100 px with one dark pixel under each point."""
-    root = tmp_path / "brca"
-    (root / "images").mkdir(parents=True)
-    (root / "labels").mkdir()
-    for split, names in NAMES.items():
-        (root / f"brca_ds_{split}.txt").write_text("".join(f"{n}.png\n" for n in names))
-    for number, name in enumerate(EVERY):
-        pixels = np.full((100, 90, 3), 255, np.uint8)
-        lines = []
-        for i in range(4):
-            row, column = 10 + 25 * i, 80 - 20 * i - number
-            pixels[row, column] = (10, 20, 30 + i)
-            lines.append(f"{row} {column} {i % 3 + 1}\n")
-        Image.fromarray(pixels).save(root / "images" / f"{name}.png")
-        (root / "labels" / f"{name}_gt_class_coords.txt").write_text("".join(lines))
-    return root
-
-
-def labels_of(root: Path, name: str) -> Path:
-    return root / "labels" / f"{name}_gt_class_coords.txt"
+    return write_brca(tmp_path / "brca")
 
 
 def test_counts_of_the_real_folder(shared_data: Path) -> None:
@@ -130,7 +98,7 @@ def test_crops_have_the_nucleus_in_the_middle(folder: Path) -> None:
 def test_each_image_is_read_once_and_threads_change_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import eval.table as module
+    import lemon_muse.data.table as module
 
     opened = []
     original = module.read_image
@@ -212,117 +180,3 @@ def test_the_hash_follows_rows_and_pixels_and_not_the_place(folder: Path) -> Non
     image = moved / "images" / f"{EVERY[1]}.png"
     Image.fromarray(255 - np.array(Image.open(image))).save(image)
     assert BENCHMARK.load(moved).content_hash != changed
-
-
-def spoil_no_labels(root: Path) -> None:
-    (root / "labels").rename(root / "Labels_old")
-
-
-def spoil_label_file(root: Path) -> None:
-    labels_of(root, EVERY[1]).unlink()
-
-
-def spoil_no_list(root: Path) -> None:
-    (root / "brca_ds_val.txt").unlink()
-
-
-def spoil_header(root: Path) -> None:
-    path = labels_of(root, EVERY[0])
-    path.write_text("Y X class\n" + path.read_text())
-
-
-def spoil_two_columns(root: Path) -> None:
-    labels_of(root, EVERY[0]).write_text("10 20 1\n30 40\n")
-
-
-def spoil_class(root: Path) -> None:
-    labels_of(root, EVERY[0]).write_text("10 20 4\n")
-
-
-def spoil_outside(root: Path) -> None:
-    # Row 95 fits into 100 rows, column 95 does not fit into 90 columns.
-    labels_of(root, EVERY[0]).write_text("20 95 1\n")
-
-
-def spoil_negative(root: Path) -> None:
-    labels_of(root, EVERY[0]).write_text("-1 20 1\n")
-
-
-def spoil_bytes(root: Path) -> None:
-    (root / "images" / f"{EVERY[0]}.png").write_bytes(b"not a png at all")
-
-
-def spoil_twice(root: Path) -> None:
-    (root / "brca_ds_test.txt").write_text(f"{EVERY[0]}.png\n")
-
-
-def spoil_all_images(root: Path) -> None:
-    for path in (root / "images").iterdir():
-        path.unlink()
-
-
-def spoil_name(root: Path) -> None:
-    (root / "images" / f"{EVERY[0]}.png").rename(root / "images" / "one.png")
-    labels_of(root, EVERY[0]).rename(labels_of(root, "one"))
-    (root / "brca_ds_train.txt").write_text("one.png\n")
-
-
-def spoil_all_labels(root: Path) -> None:
-    for path in (root / "labels").iterdir():
-        path.write_text("\n")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (spoil_no_labels, "has no folder 'labels'"),
-        (spoil_label_file, "_gt_class_coords.txt is missing"),
-        (spoil_no_list, "brca_ds_val.txt is missing"),
-        (spoil_header, "line 1, is 'Y X class'"),
-        (spoil_two_columns, "line 2, is '30 40'"),
-        (spoil_class, "has class 4"),
-        (spoil_outside, "outside its image of 90 x 100 px: Y 20, X 95"),
-        (spoil_negative, "lies outside its image"),
-        (spoil_bytes, "does not decode"),
-        (spoil_twice, "listed twice"),
-        (spoil_all_images, "none of the 5 images"),
-        (spoil_name, "does not start with a TCGA slide barcode"),
-        (spoil_all_labels, "every label file is empty"),
-    ],
-)
-def test_a_spoilt_folder_is_one_clear_sentence(
-    folder: Path, spoil: Callable[[Path], None], words: str
-) -> None:
-    spoil(folder)
-    with pytest.raises(UserError) as caught:
-        BENCHMARK.load(folder)
-    message = str(caught.value)
-    assert words in message
-    assert "\n" not in message and message.endswith(".")
-
-
-def test_a_truncated_image_is_a_user_error_when_read(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    path = folder / "images" / f"{EVERY[0]}.png"
-    Image.fromarray(generator.integers(0, 255, (100, 90, 3), np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    table: Table = BENCHMARK.load(folder)
-    with pytest.raises(UserError, match="does not decode"):
-        table.crops(9, 0.5)
-
-
-@pytest.mark.parametrize("level", ["above", "below", "nowhere"])
-def test_the_wrong_folder_level_names_the_right_one(folder: Path, level: str) -> None:
-    given = {"above": folder.parent, "below": folder / "images", "nowhere": folder / "no"}[level]
-    with pytest.raises(UserError) as caught:
-        BENCHMARK.load(given)
-    if level == "nowhere":
-        assert "there is no folder" in str(caught.value)
-    else:
-        assert f"give root={folder} instead" in str(caught.value)
-
-
-def test_an_unknown_benchmark_gets_the_nearest_name() -> None:
-    assert find("brcam2c") is BENCHMARKS["brcam2c"]
-    with pytest.raises(UserError, match="did you mean 'brcam2c'"):
-        find("brca-m2c")

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from eval import features as features_module
 from eval import results
 from eval.run import Eval, run
 from lemon_muse.config import load
-from lemon_muse.errors import RunError, UserError
+from lemon_muse.errors import UserError
 from lemon_muse.synthetic import write_images
-from tests.eval.standins import TinyEncoder, small_encoder
+from tests.eval.standins import small_encoder
 
 FIELDS = {
     "benchmark",
@@ -230,48 +229,6 @@ def test_floors_beat_majority_on_real_nuclei(shared_data: Path, tmp_path: Path) 
     assert value["balanced_accuracy"] == pytest.approx(1 / 3, abs=1e-6)
     assert value["accuracy"] == pytest.approx(2472 / 3537, abs=1e-6)
     assert value["auroc"] == pytest.approx(0.5)
-
-
-def test_features_are_in_table_order_and_ignore_batch_and_threads(tissue: Path) -> None:
-    from eval.benchmarks.generated import Generated
-
-    table = Generated().load(tissue)
-    net = TinyEncoder()
-    found = features_module.features(net, table, batch=7, workers=2)
-    one = [features_module.encode(net.eval(), table.crops(40, 0.25, np.array([i]))) for i in (0, 9)]
-    np.testing.assert_allclose(found[[0, 9]], np.concatenate(one), atol=1e-5)
-    np.testing.assert_allclose(found, features_module.features(net, table), atol=1e-5)
-    assert found.dtype == np.float32 and net.seen[0][1:] == (3, 40, 40)
-    assert max(shape[0] for shape in net.seen[:5]) <= 7
-
-
-def test_non_finite_features_stop_the_job(tissue: Path) -> None:
-    from eval.benchmarks.generated import Generated
-
-    net = TinyEncoder()
-    net.layer.weight.data[0, 0] = float("nan")
-    with pytest.raises(RunError, match="not finite"):
-        features_module.features(net, Generated().load(tissue))
-
-
-def test_the_cache_is_used_and_a_damaged_one_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    calls = []
-
-    def compute() -> np.ndarray:
-        calls.append(1)
-        return np.arange(6, dtype=np.float32).reshape(3, 2)
-
-    path = tmp_path / "deep" / "a.npy"
-    for _ in range(2):
-        np.testing.assert_array_equal(features_module.cached(path, compute, rows=3), compute())
-    assert len(calls) == 3  # twice by the comparison above, once by the cache
-    path.write_bytes(path.read_bytes()[:-5])
-    features_module.cached(path, compute, rows=3)
-    assert "damaged" in caplog.text
-    assert len(calls) == 4
-    assert [p.name for p in path.parent.iterdir()] == ["a.npy"]
 
 
 @pytest.mark.parametrize(

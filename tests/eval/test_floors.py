@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from eval.floors import floor_features, majority_scores, random_encoder
-from eval.table import Table
 from lemon_muse.backbones.vit import prepare_moco_vit
+from lemon_muse.data.table import Table
 from lemon_muse.encoder import Encoder
 
 

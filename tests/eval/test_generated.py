@@ -107,7 +107,7 @@ def test_bad_files_are_one_sentence(
 
 
 def test_the_wrong_folder_level_names_the_right_one(folder: Path) -> None:
-    with pytest.raises(UserError, match=f"give root={folder} instead"):
+    with pytest.raises(UserError, match=f"give {folder} instead"):
         BENCHMARK.load(folder / "images")
     with pytest.raises(UserError, match=r"there is no .*slides\.csv"):
         BENCHMARK.load(folder.parent / "elsewhere")

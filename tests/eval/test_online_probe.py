@@ -8,7 +8,7 @@ import torch
 
 from eval.benchmarks import BENCHMARKS
 from eval.online import online_probe, patient_halves
-from eval.table import Table
+from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 from lemon_muse.synthetic import write_images
 from tests.eval.standins import TinyEncoder

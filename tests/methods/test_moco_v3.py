@@ -29,8 +29,16 @@ SMALL = Backbone(name="vit_tiny", patch=8, heads=3, args={"depth": 2, "embed_dim
 def make(**changes: object) -> MoCoV3:
     settings = MoCoV3Config(hidden=64, out_dim=32, **changes)  # type: ignore[arg-type]
     told = Setting(
-        steps=10, batch=16, stored=32, window=16, mpp=0.25, mean=(0.5,) * 3, std=(0.2,) * 3,  # type: ignore[arg-type]
-        seed=0, view=ViewConfig(), backbone=SMALL,
+        steps=10,
+        batch=16,
+        stored=32,
+        window=16,
+        mpp=0.25,
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,  # type: ignore[arg-type]
+        seed=0,
+        view=ViewConfig(),
+        backbone=SMALL,
     )
     return MoCoV3(settings, told)
 
@@ -46,7 +54,8 @@ def plain_info_nce(q: np.ndarray, k: np.ndarray, t: float) -> float:
     total = 0.0
     for i in range(len(q)):
         cosines = [
-            float(q[i] @ k[j] / np.linalg.norm(q[i]) / np.linalg.norm(k[j])) / t for j in range(len(k))
+            float(q[i] @ k[j] / np.linalg.norm(q[i]) / np.linalg.norm(k[j])) / t
+            for j in range(len(k))
         ]
         total += -cosines[i] + math.log(sum(math.exp(c) for c in cosines))
     return total / len(q) * 2 * t
@@ -79,7 +88,9 @@ def test_the_loss_is_the_symmetric_sum() -> None:
     with torch.no_grad():
         features = [twin.base["backbone"](x) for x in (x1, x2)]
         q1, q2 = (twin.predictor(twin.base["projector"](f)).numpy() for f in features)
-        k1, k2 = (twin.momentum["projector"](twin.momentum["backbone"](x)).numpy() for x in (x1, x2))
+        k1, k2 = (
+            twin.momentum["projector"](twin.momentum["backbone"](x)).numpy() for x in (x1, x2)
+        )
     expected = plain_info_nce(q1, k2, 0.1) + plain_info_nce(q2, k1, 0.1)
     assert loss == pytest.approx(expected, rel=1e-4)
 
@@ -109,7 +120,9 @@ def test_ema_is_the_closed_form_over_parameters_only() -> None:
     for name, p in method.momentum.named_parameters():
         expected = value * start[name] + (1 - value) * method.base.get_parameter(name)
         torch.testing.assert_close(p.data, expected.data, rtol=0, atol=1e-6)
-    assert torch.equal(method.momentum["projector"][1].running_mean, start["projector.1.running_mean"])
+    assert torch.equal(
+        method.momentum["projector"][1].running_mean, start["projector.1.running_mean"]
+    )
 
 
 def test_the_momentum_encoder_keeps_batch_statistics() -> None:
@@ -156,7 +169,9 @@ def test_initial_weights_are_the_references() -> None:
     fc1 = network.blocks[3].mlp.fc1.weight
     assert float(fc1.detach().abs().max()) == pytest.approx(math.sqrt(6 / (384 + 1536)), rel=0.01)
     patch = network.patch_embed.proj.weight
-    assert float(patch.detach().abs().max()) == pytest.approx(math.sqrt(6 / (3 * 64 + 384)), rel=0.01)
+    assert float(patch.detach().abs().max()) == pytest.approx(
+        math.sqrt(6 / (3 * 64 + 384)), rel=0.01
+    )
     assert network.cls_token.abs().max() < 1e-5
     assert not network.blocks[3].attn.qkv.bias.any()
 
@@ -164,7 +179,9 @@ def test_initial_weights_are_the_references() -> None:
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base"])
 @pytest.mark.parametrize("patch", [4, 5, 8])
 def test_every_vit_and_patch(name: str, patch: int) -> None:
-    architecture, arguments = timm_arguments(Backbone(name=name, patch=patch, args={"depth": 1}), 40)
+    architecture, arguments = timm_arguments(
+        Backbone(name=name, patch=patch, args={"depth": 1}), 40
+    )
     network = timm.create_model(architecture, num_classes=0, **arguments)
     assert network.patch_embed.num_patches == (40 // patch) ** 2
     assert network(torch.zeros(1, 3, 40, 40)).shape == (1, network.num_features)
@@ -192,14 +209,18 @@ def test_wrong_backbones(settings: Backbone, said: str) -> None:
 def test_learning_rate_is_scaled_warmed_up_and_cosine() -> None:
     settings = Optim()
     assert settings.rate(0, 36600, 4096) == 0
-    assert max(settings.rate(s, 36600, 4096) for s in range(0, 36600, 50)) == pytest.approx(2.4e-3, rel=1e-3)
+    assert max(settings.rate(s, 36600, 4096) for s in range(0, 36600, 50)) == pytest.approx(
+        2.4e-3, rel=1e-3
+    )
     assert settings.rate(36600, 36600, 4096) == pytest.approx(0, abs=1e-9)
     half = (round(0.133 * 1000) + 1000) / 2
     middle = schedules.warmup_cosine(round(half), 1000, warmup=133, peak=1.0)
     assert middle == pytest.approx(0.5, abs=0.01)
 
 
-def test_accumulation_steps_the_ema_once_and_keeps_samples(crop_shards: Path, tmp_path: Path) -> None:
+def test_accumulation_steps_the_ema_once_and_keeps_samples(
+    crop_shards: Path, tmp_path: Path
+) -> None:
     """Two parts of 16 see the samples and views of one batch of 32, in order."""
     index = open_index(crop_shards)
     words = {"data": crop_shards, "out": tmp_path / "a", "steps": 4, "batch": 32, "window": 16}
@@ -234,7 +255,9 @@ def test_it_learns_to_tell_nuclei_apart(crop_shards: Path, tmp_path: Path) -> No
     cfg = Train(
         data=crop_shards, out=tmp_path, steps=60, batch=64, window=32, precision="fp32", workers=0,
         backbone=Backbone(name="resnet10t", args={"channels": [16, 32, 32, 64]}),
-        method=MoCoV3Config(hidden=128, out_dim=32, temperature=0.1, momentum=0.9, projector_layers=2),
+        method=MoCoV3Config(
+            hidden=128, out_dim=32, temperature=0.1, momentum=0.9, projector_layers=2
+        ),
         optim=Optim(lr=4e-3, warmup=0.1),
         view=ViewConfig(policy="mild", gray=0, jitter=0),
     )  # fmt: skip

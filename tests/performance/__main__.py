@@ -1,6 +1,6 @@
-"""`python -m tests.performance [NAME …]` (or `make bench NAME=…`): run benchmarks, write bench.json.
+"""`python -m tests.performance [NAME …]` (or `make bench NAME=…`): run some, write bench.json.
 
-A benchmark is a module here with `run() -> list of rows`. Rows of other benchmarks stay in bench.json.
+A benchmark is a module here with `run() -> list of rows`. Rows of the others stay in the file.
 """
 
 import importlib

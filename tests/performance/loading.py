@@ -1,7 +1,7 @@
 """Crops per second per core from shards, and bytes a crop, against one image per sample.
 
-Peer: WebDataset with one PNG and one JSON a nucleus, `.decode("pil")`, as these data sets are usually
-stored. Everything is read from the page cache; figures are process CPU time on one thread.
+Peer: WebDataset with one PNG and one JSON a nucleus, `.decode("pil")`, as these data sets are
+usually stored. Everything is read from the page cache; figures are process CPU time on one thread.
 """
 
 import io
@@ -41,7 +41,13 @@ def run() -> list[dict]:
     for name, (_, size) in candidates.items():
         common = {"name": "loading", "cores": 1, "device": "cpu", "data": source}
         rows.append(
-            {**common, "what": f"read: {name}", "peer": peer, "ours": rates[name], "unit": "crops/s/core"}
+            {
+                **common,
+                "what": f"read: {name}",
+                "peer": peer,
+                "ours": rates[name],
+                "unit": "crops/s/core",
+            }
             | {"ratio": rates[name] / rates[peer]}
         )
         rows.append(
@@ -64,7 +70,13 @@ def _write(crops: np.ndarray, folder: Path) -> dict[str, tuple[Callable[[], int]
                 buffer = io.BytesIO()
                 Image.fromarray(crop).save(buffer, "JPEG" if ending == "jpg" else "PNG", **options)
                 meta = {"slide": "s", "x": 1.0, "y": 2.0, "mpp": 0.25}
-                tar.write({"__key__": f"{i:09d}", ending: buffer.getvalue(), "json": json.dumps(meta).encode()})
+                tar.write(
+                    {
+                        "__key__": f"{i:09d}",
+                        ending: buffer.getvalue(),
+                        "json": json.dumps(meta).encode(),
+                    }
+                )
         out[name] = (lambda p=path, e=ending: _read_samples(p, e), path.stat().st_size / len(crops))
     for name, encoding, quality in (
         ("block of 256, raw", "raw", 95),
@@ -99,7 +111,7 @@ def _read_samples(path: Path, ending: str) -> int:
 
 
 def _read_shards(folder: Path) -> int:
-    """Shuffled batches of 1024 through the index, in this thread; checksums of all blocks included."""
+    """Shuffled batches of 1024 through the index, in this thread; with checksums of all blocks."""
     index = open_index(folder)
     reader = CropBatches(index, seed=0, batch=1024, window=16, rank=0, world=1, workers=0)
     count = 0

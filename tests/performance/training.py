@@ -27,26 +27,39 @@ def run(seconds: float = 40.0, batch: int | None = None) -> list[dict]:
     crops, source = real_crops(max(8192, 2 * batch))
     with tempfile.TemporaryDirectory() as folder:
         _write(crops, Path(folder) / "crops")
-        words = [f"data={folder}/crops", f"out={folder}/run", f"batch={batch}", "steps=100000", "workers=1"]
+        words = [
+            f"data={folder}/crops",
+            f"out={folder}/run",
+            f"batch={batch}",
+            "steps=100000",
+            "workers=1",
+        ]
         cfg = load(Train, [*words, f"compile={str(device.type == 'cuda').lower()}"])
         loop = Loop(cfg, open_index(cfg.data), device, None)
         ours = _ours(loop, seconds)
         usual = _usual(loop, crops, seconds)
     common = {
-        "name": "training", "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "name": "training",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "cores": torch.get_num_threads(), "data": source,
         "peer": "same step, views by torchvision in DataLoader workers",
     }  # fmt: skip
     what = f"ViT-S/8, batch {batch}, bf16"
     rows = [
-        {**common, "what": f"{what}: crops/s", "ours": ours["rate"], "unit": "crops/s", "ratio": ours["rate"] / usual["rate"]},
-        {**common, "what": f"{what}: waiting for data", "ours": 100 * ours["wait"], "unit": "% of the time", "ratio": None},
-        {**common, "what": f"{what}: making views", "ours": 100 * ours["views"], "unit": "% of the time", "ratio": None},
-        {**common, "what": f"{what}: waiting, usual way", "ours": 100 * usual["wait"], "unit": "% of the time", "ratio": None},
+        {**common, "what": f"{what}: crops/s",
+         "ours": ours["rate"], "unit": "crops/s", "ratio": ours["rate"] / usual["rate"]},
+        {**common, "what": f"{what}: waiting for data",
+         "ours": 100 * ours["wait"], "unit": "% of the time", "ratio": None},
+        {**common, "what": f"{what}: making views",
+         "ours": 100 * ours["views"], "unit": "% of the time", "ratio": None},
+        {**common, "what": f"{what}: waiting, usual way",
+         "ours": 100 * usual["wait"], "unit": "% of the time", "ratio": None},
     ]  # fmt: skip
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.append({**common, "what": f"{what}: peak memory", "ours": peak, "unit": "GiB", "ratio": None})
+        rows.append(
+            {**common, "what": f"{what}: peak memory", "ours": peak, "unit": "GiB", "ratio": None}
+        )
     return rows
 
 
@@ -85,7 +98,12 @@ def _usual(loop: Loop, crops: np.ndarray, seconds: float) -> dict[str, float]:
     """The same networks and optimiser; views from PIL and torchvision in two worker processes."""
     views = UsualViews(crops)
     data = torch.utils.data.DataLoader(
-        views, batch_size=loop.cfg.batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+        views,
+        batch_size=loop.cfg.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2,
+        persistent_workers=True,
     )
     clock, steps = Clock(), 0
     runner = loop._runner()

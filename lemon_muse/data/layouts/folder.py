@@ -2,8 +2,8 @@
 
 slides.csv               slide,patient,image,nuclei,mpp,split; paths relative to the folder
 images/<slide>.png       RGB
-nuclei/<slide>.geojson   FeatureCollection of points or polygons in px of the image; the class, where
-                         known, is properties.classification.name (QuPath's place for it)
+nuclei/<slide>.geojson   FeatureCollection of points or polygons in px of the image; the class,
+                         where known, is properties.classification.name (QuPath's place for it)
 """
 
 import csv
@@ -142,7 +142,7 @@ def _point(feature: dict[str, Any]) -> tuple[float, float, str]:
 
 
 def _centroid(ring: np.ndarray) -> tuple[float, float]:
-    """Centre of the area of a ring [n, 2], closed or not; the mean of its corners if it has none."""
+    """Centre of the area of a ring [n, 2], closed or not; mean of its corners if it has none."""
     after = np.roll(ring, -1, axis=0)
     cross = ring[:, 0] * after[:, 1] - after[:, 0] * ring[:, 1]
     area = cross.sum() / 2
