@@ -6,7 +6,6 @@ from all slides, so a batch of few blocks is mixed as well as a batch of many.
 """
 
 import logging
-import math
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -168,8 +167,3 @@ def _tell(out: Path, dropped: int) -> None:
         f"{len(index.header['slides'])} images in {len(index.blocks)} blocks, "
         f"{size / 2**20:.0f} MiB ({size / index.count:.0f} bytes a crop){at_edge}"
     )
-
-
-def stored_size(window: int, *, slack: float = 1.0) -> int:
-    """Side of stored crops, a multiple of 16, from which a window can be cut at any angle."""
-    return math.ceil(window * slack * math.sqrt(2) / 16) * 16

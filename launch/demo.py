@@ -83,6 +83,7 @@ def _generate(cfg: Demo) -> Path:
 
 def _prepare(cfg: Demo, data: Path, recipe: "Train") -> Path:
     from data_prep import check, crops
+    from lemon_muse.data import augment
 
     _part("2/6 prepare: crops around nuclei; positions only, no types")
     made = crops.run(
@@ -92,7 +93,7 @@ def _prepare(cfg: Demo, data: Path, recipe: "Train") -> Path:
             split="train",
             types=False,  # pretraining must not see a class: it is not even written
             mpp=cfg.mpp,
-            size=crops.stored_size(recipe.window),
+            size=augment.stored_size(recipe.view, recipe.window),
             seed=cfg.seed,
             workers=cfg.workers,
         )

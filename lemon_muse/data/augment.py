@@ -174,7 +174,7 @@ def _make(
     """Fill `out`. Everything that is small per view is computed once, not chunk by chunk."""
     count, stored = pixels.shape[:2]
     window = out.shape[-1]
-    padding = "border" if _stays_inside(config, stored, window) else "reflection"
+    padding = "border" if reach(config, window) <= stored / 2 else "reflection"
     basis = ops.blur_basis(window, config.blur_radius, pixels.device)
     lines = ops.grid_lines(params["theta"], window)
     colour = ops.colour_matrices(params["jitter"], params["order"], params["gray"])
@@ -226,11 +226,17 @@ def _draw_theta(
     return torch.stack(rows, 1)
 
 
-def _stays_inside(config: ViewConfig, stored: int, window: int) -> bool:
-    """Whether no view can need a pixel from outside its stored crop."""
-    side = max(1.0, math.sqrt(config.scale[1]) * max(config.ratio[1], 1 / config.ratio[0]) ** 0.5)
-    reach = side * window / 2 * (math.sqrt(2) if config.rotate else 1.0) + config.shift
-    return reach <= stored / 2
+def reach(config: ViewConfig, window: int) -> float:
+    """Distance in px from the middle of a crop to the farthest pixel that a view can need."""
+    side = 1.0
+    if config.centred:
+        side = math.sqrt(config.scale[1] * max(config.ratio[1], 1 / config.ratio[0]))
+    return side * window / 2 * (math.sqrt(2) if config.rotate else 1.0) + config.shift
+
+
+def stored_size(config: ViewConfig, window: int) -> int:
+    """Side of stored crops, a multiple of 16, that holds every pixel that a view can need."""
+    return math.ceil(max(reach(config, window), window / 2) / 8) * 16
 
 
 def _check_pixels(pixels: torch.Tensor) -> None:

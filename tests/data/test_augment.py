@@ -271,3 +271,14 @@ def test_centred_views_zoom_about_the_nucleus() -> None:
     )
     with pytest.raises(ValueError, match="fraction of an area"):
         ViewConfig(scale=(0.5, 2.0))
+
+
+@pytest.mark.parametrize("changes", [{}, {"centred": True, "scale": (0.4, 1.6), "shift": 4.0}])
+def test_views_from_crops_of_the_stored_size_need_no_pixel_outside(changes: dict) -> None:
+    config = ViewConfig(**changes)
+    stored = augment.stored_size(config, 40)
+    assert stored % 16 == 0
+    drawn = augment.draw(config, 5000, stored=stored, window=40, generator=torch.Generator())
+    theta = drawn["theta"]
+    corners = torch.tensor([[x, y, 1.0] for x in (-1, 1) for y in (-1, 1)])
+    assert float((theta @ corners.T).abs().max()) <= 1

@@ -53,7 +53,7 @@ def test_edges() -> None:
     points = np.array([[2.5, 38.5], [20.0, 20.0], [0.0, 0.0], [39.99, 39.99]])
     mirrored, rows = geometry.crop(image, points, size=16)
     assert list(rows) == [0, 1, 2, 3] and mirrored.shape == (4, 16, 16, 3)
-    np.testing.assert_array_equal(mirrored[0][:, 8], image[np.r_[30:40, 39:33:-1], 2])
+    np.testing.assert_array_equal(mirrored[0][:, 8], image[np.r_[31:40, 39:32:-1], 3])
     inside, rows = geometry.crop(image, points, size=16, edge="drop")
     assert list(rows) == [1]
     np.testing.assert_array_equal(inside[0], image[12:28, 12:28])
