@@ -15,8 +15,9 @@ from pydantic import Field
 
 from lemon_muse.config import Config
 from lemon_muse.data.layouts import read_layout
-from lemon_muse.data.shards import ShardWriter, open_index
+from lemon_muse.data.shards import open_index
 from lemon_muse.data.table import Table
+from lemon_muse.data.writer import ShardWriter
 from lemon_muse.errors import RunError, UserError
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,8 @@ from lemon_muse.config import Config
 if TYPE_CHECKING:
     from lemon_muse.recipe import Train
 
+GENERATED_STEPS = 1200
+
 
 class Demo(Config):
     """Prepare, pretrain, probe, export and report in one go; killed, the same words go on."""
@@ -23,14 +25,12 @@ class Demo(Config):
         description="folder in BRCA-M2C's layout or with slides.csv; none = tissue is generated",
     )
     out: Path = Field(Path("runs/demo"), description="where everything is written")
-    recipe: str | None = Field(
-        None, description="training recipe; none = demo.yaml, or demo_brca.yaml with data="
-    )
+    recipe: str = Field("demo.yaml", description="training recipe")
     mpp: float = Field(0.25, gt=0, description="µm per pixel of the crops")
     steps: int | None = Field(
-        None, gt=0, description="steps of pretraining; none = as in the recipe"
+        None, gt=0, description="steps of pretraining; none = as in the recipe, fewer without data="
     )
-    slides: int = Field(24, ge=3, description="generated slides (without data=)")
+    slides: int = Field(48, ge=3, description="generated slides (without data=)")
     side: int = Field(1024, ge=256, description="side of a generated slide, px at 0.25 µm/px")
     seed: int = Field(0, ge=0, description="of tissue, weights, order, views and probes")
     workers: int = Field(2, ge=0, description="reading threads")
@@ -107,9 +107,8 @@ def _recipe(cfg: Demo, data: Path, benchmark: str) -> "Train":
     from lemon_muse.config import load
     from lemon_muse.recipe import Train
 
-    name = cfg.recipe or ("demo_brca.yaml" if cfg.data else "demo.yaml")
     words = [
-        name,
+        cfg.recipe,
         f"data={cfg.out / 'crops'}",
         f"out={cfg.out / 'run'}",
         f"seed={cfg.seed}",
@@ -118,7 +117,9 @@ def _recipe(cfg: Demo, data: Path, benchmark: str) -> "Train":
         f"probe.benchmark={benchmark}",
         f"probe.root={data}",
     ]
-    return load(Train, words + ([f"steps={cfg.steps}"] if cfg.steps else []))
+    # Generated tissue is easier than real one: it needs fewer steps.
+    steps = cfg.steps or (None if cfg.data else GENERATED_STEPS)
+    return load(Train, words + ([f"steps={steps}"] if steps else []))
 
 
 def _evaluate(cfg: Demo, benchmark: str, data: Path) -> None:

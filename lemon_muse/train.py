@@ -48,10 +48,10 @@ def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None =
     with distributed.process_group(cfg.device) as device, Stop() as stop:
         index = open_index(cfg.data)
         check(cfg, index)
+        loop = Loop(cfg, index, device, probe)
         if distributed.rank() == 0:
             rundir.open_run(cfg.out, cfg, free=FREE)
         distributed.barrier()
-        loop = Loop(cfg, index, device, probe)
         loop.resume()
         try:
             loop.train(stop)
@@ -82,12 +82,11 @@ class Loop:
             workers=cfg.workers,
         )
         self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        self.flops, self.peak = 0.0, 1.0
+        self.flops, self.peak, self.ending = 0.0, 1.0, False
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
         found = checkpoint.load_newest(self.cfg.out / "checkpoints")
-        self.step = 0
         if found is not None:
             self.step, state = found
             self.method.load_state_dict(state["method"])
@@ -135,10 +134,14 @@ class Loop:
             clock.worked(cfg.batch)
             self.monitor.step(self.step - 1)
             self._report(result, clock)
-            if self.step % cfg.save_every == 0 and self.step < cfg.steps:
+            if self.step % cfg.save_every == 0 or self.step == cfg.steps or self.ending:
                 self.save()
+            if self.ending and self.step < cfg.steps:
+                raise RunError(
+                    f"stopped by {stop.name or 'another rank'} at step {self.step}; everything is "
+                    f"saved in {cfg.out}, run the same words to go on."
+                )
             clock.start_waiting()
-        self.save()
 
     def _runner(self) -> Callable[..., dict[str, torch.Tensor]]:
         runner: nn.Module = self.method
@@ -184,13 +187,7 @@ class Loop:
         logged = self.method.after_step(step)
         self.features = out["features"]
         self.loss = distributed.mean_over_ranks(loss.clone())
-        if signalled:
-            self.step += 1
-            self.save()
-            raise RunError(
-                f"stopped by {stop.name} at step {self.step}; everything is saved in {cfg.out}, "
-                f"run the same words to go on."
-            )
+        self.ending = signalled
         return {"lr": rate, **logged, **norm}
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lemon_muse.data.shards import ShardWriter
+from lemon_muse.data.writer import ShardWriter
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

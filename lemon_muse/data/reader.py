@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from lemon_muse.data.codec import decode
 from lemon_muse.data.order import Order, part
-from lemon_muse.data.shards import Index, decode
+from lemon_muse.data.shards import Index
 from lemon_muse.errors import RunError
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from lemon_muse.data import shards
+from lemon_muse.data import codec, shards
 from lemon_muse.data.order import Order, part
 from lemon_muse.data.reader import BlockReader, CropBatches
+from lemon_muse.data.writer import ShardWriter
 from lemon_muse.errors import RunError, UserError
 from tests.conftest import blob_columns, blobs, write_blob_shards
 
@@ -26,7 +27,7 @@ def flip(path: Path, at: int) -> None:
 def test_round_trip(encoding: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     written = [blobs(n, 32, rng) for n in (64, 64, 37)]
-    with shards.ShardWriter(
+    with ShardWriter(
         tmp_path, size=32, mpp=0.25, encoding=encoding, quality=98, shard_bytes=300_000
     ) as writer:
         for i, pixels in enumerate(written):
@@ -68,8 +69,8 @@ def test_cells_of_a_jpeg_sheet_do_not_leak() -> None:
     beside = [np.zeros((31, 64, 64, 3), np.uint8), rng.integers(0, 256, (31, 64, 64, 3), np.uint8)]
     decoded = []
     for others in beside:
-        _, payload = shards.encode(np.concatenate([others[:7], one, others[7:]]), "jpeg", 90)
-        decoded.append(shards.decode(payload, "jpeg", 32, 64)[7])
+        _, payload = codec.encode(np.concatenate([others[:7], one, others[7:]]), "jpeg", 90)
+        decoded.append(codec.decode(payload, "jpeg", 32, 64)[7])
     np.testing.assert_array_equal(*decoded)
 
 
@@ -115,7 +116,7 @@ def test_a_writer_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path) -
     rng = np.random.default_rng(0)
 
     def die() -> None:
-        with shards.ShardWriter(tmp_path, size=32, mpp=0.25) as writer:
+        with ShardWriter(tmp_path, size=32, mpp=0.25) as writer:
             writer.write(blobs(8, 32, rng), blob_columns(0, 8))
             raise RuntimeError("killed")
 
@@ -128,7 +129,7 @@ def test_a_writer_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path) -
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    writer = shards.ShardWriter(tmp_path, size=32, mpp=0.25)
+    writer = ShardWriter(tmp_path, size=32, mpp=0.25)
 
     def full(name: str, payload: bytes) -> int:
         raise OSError(28, "No space left on device")
@@ -141,7 +142,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_empty_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the set would be empty"):
-        shards.ShardWriter(tmp_path, size=32, mpp=0.25).close()
+        ShardWriter(tmp_path, size=32, mpp=0.25).close()
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
@@ -180,4 +181,4 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 def test_sheets_need_whole_jpeg_blocks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiple of 16"):
-        shards.ShardWriter(tmp_path, size=60, mpp=0.25, encoding="jpeg")
+        ShardWriter(tmp_path, size=60, mpp=0.25, encoding="jpeg")

@@ -146,7 +146,7 @@ def test_check_finds_a_flipped_bit(source: Path, tmp_path: Path, member: str) ->
 
 
 def test_check_finds_a_repeated_nucleus(tmp_path: Path) -> None:
-    from lemon_muse.data.shards import ShardWriter
+    from lemon_muse.data.writer import ShardWriter
     from tests.conftest import blob_columns, blobs
 
     rng = np.random.default_rng(0)

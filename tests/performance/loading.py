@@ -18,7 +18,8 @@ import webdataset
 from PIL import Image
 
 from lemon_muse.data.reader import CropBatches
-from lemon_muse.data.shards import ShardWriter, open_index
+from lemon_muse.data.shards import open_index
+from lemon_muse.data.writer import ShardWriter
 from tests.performance.crops import real_crops
 
 COUNT, ROUNDS = 8192, 5

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lemon_muse.config import load
-from lemon_muse.data.shards import ShardWriter, open_index
+from lemon_muse.data.shards import open_index
+from lemon_muse.data.writer import ShardWriter
 from lemon_muse.recipe import Train
 from lemon_muse.stop import Stop
 from lemon_muse.train import Clock, Loop
