@@ -24,14 +24,14 @@ def encode(pixels: np.ndarray, encoding: str, quality: int) -> tuple[str, bytes]
     return "sheet.jpg", buffer.getvalue()
 
 
-def decode(
-    payload: bytes | bytearray | memoryview, encoding: str, count: int, size: int
-) -> np.ndarray:
-    """Pixels uint8 [count, size, size, 3] of a payload that `encode` made."""
+def decode(payload: np.ndarray, encoding: str, count: int, size: int) -> np.ndarray:
+    """Pixels uint8 [count, size, size, 3] of a payload, uint8 [bytes], that `encode` made.
+
+    Raw pixels are a view of the payload.
+    """
     if encoding == "raw":
-        data = np.frombuffer(payload, np.uint8)
-        return data[-count * size * size * 3 :].reshape(count, size, size, 3)
-    sheet = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
+        return payload[-count * size * size * 3 :].reshape(count, size, size, 3)
+    sheet = np.asarray(Image.open(io.BytesIO(payload.tobytes())).convert("RGB"))
     rows = sheet.shape[0] // size
     cells = sheet.reshape(rows, size, CELLS_A_ROW, size, 3).swapaxes(1, 2)
     return cells.reshape(rows * CELLS_A_ROW, size, size, 3)[:count]

@@ -25,6 +25,7 @@ class BlockReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._files: dict[int, int] = {}
+        self._spare: list[np.ndarray] = []
         self._checked = np.zeros(len(index.blocks), bool)
 
     def pixels(self, block: int) -> np.ndarray:
@@ -44,7 +45,7 @@ class BlockReader:
         payload = self._read(
             block, int(row["meta_offset"]), int(row["meta_length"]), int(row["meta_crc"])
         )
-        with np.load(io.BytesIO(payload), allow_pickle=False) as members:
+        with np.load(io.BytesIO(payload.tobytes()), allow_pickle=False) as members:
             return dict(members)
 
     def describe(self, samples: np.ndarray) -> list[str]:
@@ -61,12 +62,27 @@ class BlockReader:
             os.close(file)
         self._files.clear()
 
-    def _read(self, block: int, offset: int, length: int, crc: int) -> bytearray:
+    def recycle(self, pixels: np.ndarray) -> None:
+        """Take back the memory of a block that nobody looks at any more.
+
+        Fresh memory costs as much as the read itself: the system has to clear every page.
+        """
+        if self.index.encoding == "raw" and isinstance(pixels.base, np.ndarray):
+            self._spare.append(pixels.base)
+
+    def _buffer(self, length: int) -> np.ndarray:
+        try:
+            spare = self._spare.pop()
+        except IndexError:
+            return np.empty(length, np.uint8)
+        return spare if len(spare) == length else np.empty(length, np.uint8)
+
+    def _read(self, block: int, offset: int, length: int, crc: int) -> np.ndarray:
         shard = int(self.index.blocks[block]["shard"])
         file = self._files.get(shard)
         if file is None:
             file = self._files.setdefault(shard, os.open(self.index.shard(shard), os.O_RDONLY))
-        payload = bytearray(length)
+        payload = self._buffer(length)
         got = os.preadv(file, [payload], offset)
         if got != length or (not self._checked[block] and zlib.crc32(payload) != crc):
             raise RunError(
@@ -116,7 +132,9 @@ class CropBatches:
         size = self.index.size
         pixels = np.empty((len(block), size, size, 3), np.uint8)
         for b, start, n in zip(needed, first, count, strict=True):
-            np.take(blocks[int(b)], row[start : start + n], axis=0, out=pixels[start : start + n])
+            here = slice(start, start + n)
+            # mode="clip": with the default, numpy goes through a buffer of its own.
+            np.take(blocks[int(b)], row[here], axis=0, out=pixels[here], mode="clip")
         return {"pixels": pixels, "samples": self.index.starts[block] + row}
 
     def iterate(self, start: int, stop: int, *, depth: int = 3) -> Iterator[dict[str, Any]]:
@@ -145,7 +163,10 @@ class CropBatches:
         # A block stays while its window lasts: about every step of a window needs all its blocks.
         limit = max(2 * self.order.window, len(wanted))
         if len(self._blocks) + len(wanted - self._blocks.keys()) > limit:
-            self._blocks = {b: p for b, p in self._blocks.items() if b in wanted}
+            for b in [b for b in self._blocks if b not in wanted]:
+                gone = self._blocks.pop(b)
+                if isinstance(gone, np.ndarray):
+                    self.reader.recycle(gone)
         for b in wanted - self._blocks.keys():
             self._blocks[b] = pool.submit(self.reader.pixels, b) if pool else self.reader.pixels(b)
         out = {}

@@ -70,7 +70,7 @@ def test_cells_of_a_jpeg_sheet_do_not_leak() -> None:
     decoded = []
     for others in beside:
         _, payload = codec.encode(np.concatenate([others[:7], one, others[7:]]), "jpeg", 90)
-        decoded.append(codec.decode(payload, "jpeg", 32, 64)[7])
+        decoded.append(codec.decode(np.frombuffer(payload, np.uint8), "jpeg", 32, 64)[7])
     np.testing.assert_array_equal(*decoded)
 
 

@@ -114,7 +114,7 @@ def _read_samples(path: Path, ending: str) -> int:
 def _read_shards(folder: Path) -> int:
     """Shuffled batches of 1024 through the index, in this thread; with checksums of all blocks."""
     index = open_index(folder)
-    reader = CropBatches(index, seed=0, batch=1024, window=16, rank=0, world=1, workers=0)
+    reader = CropBatches(index, seed=0, batch=1024, window=8, rank=0, world=1, workers=0)
     count = 0
     for _ in range(2):  # two passes: the checksum of a block is taken once a run
         for step in range(reader.order.steps_a_pass):
