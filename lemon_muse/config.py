@@ -6,6 +6,7 @@ the recipe; a YAML file holds differences; words come last. Every mistake is one
 """
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -27,6 +28,19 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans: PyYAML would read on, off, yes and no so."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def load(model: type[C], words: list[str]) -> C:
@@ -131,14 +145,14 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _read_value(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
+        return yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError:
         raise UserError(f"the value of '{key}' cannot be read: {text!r}; quote it.") from None
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(error).replace("\n", " ")
         raise UserError(f"{path} is not readable YAML: {where}.") from None

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir
+from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
 from lemon_muse.data.reader import CropBatches
 from lemon_muse.data.shards import Index, open_index
@@ -65,8 +66,7 @@ class Loop:
 
     def __init__(self, cfg: Train, index: Index, device: torch.device, probe: Probe | None) -> None:
         self.cfg, self.index, self.device, self.probe = cfg, index, device, probe
-        self.step = 0
-        self.setting = setting(cfg, index)
+        self.step, self.setting = 0, setting(cfg, index)
         method = METHODS[cfg.method.name][1](cfg.method, self.setting)
         synced = distributed.sync_batch_norm(method, device).to(device)
         # Convolutions run faster on both CPUs and tensor cores; other tensors are not concerned.
@@ -82,6 +82,8 @@ class Loop:
             workers=cfg.workers,
         )
         self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        if device.type == "cpu" and self.dtype == torch.bfloat16:
+            use_plain_attention(self.method)
         self.flops, self.peak, self.ending = 0.0, 1.0, False
 
     def resume(self) -> None:

@@ -63,4 +63,4 @@ def test_a_defect_is_exit_1_with_its_traceback(
     monkeypatch.setattr(cli, "run_job", broken)
     assert cli.main(["train"]) == 1
     said = capsys.readouterr().err
-    assert "Traceback" in said and "defect of lemon_muse" in said
+    assert "Traceback" in said and "defect of lemon-muse" in said

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import Field
@@ -60,6 +61,17 @@ def test_mistakes_are_one_clear_sentence(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         load(Outer, words)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_off_and_no_are_words_and_false_is_not() -> None:
+    class Switch(Config):
+        """A switch."""
+
+        mode: Literal["on", "off", "no"] = Field("on", description="a word")
+        flag: bool = Field(True, description="a flag")
+
+    assert load(Switch, ["mode=off", "flag=false"]) == Switch(mode="off", flag=False)
+    assert load(Switch, ["mode=no"]).mode == "no"
 
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:

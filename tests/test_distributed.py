@@ -1,6 +1,8 @@
 """K gloo ranks x B/K equal one rank x B: samples, views, loss, gradients, BN statistics."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -86,3 +88,63 @@ def test_the_order_does_not_depend_on_ranks(world: int, crop_shards: Path) -> No
     for step in (0, 7, 23):  # beyond the first pass too
         joined = np.concatenate([batch(r, world, step) for r in range(world)])
         np.testing.assert_array_equal(joined, batch(0, 1, step))
+
+
+CLI = [
+    "steps=12",
+    "batch=32",
+    "window=16",
+    "precision=fp32",
+    "method={hidden: 64, out_dim: 32}",
+    VIT,
+    "watch.every=1",
+    "save_every=4",
+    "workers=1",
+    "device=cpu",
+]
+
+
+def launch(world: int, data: Path, out: Path) -> subprocess.Popen[str]:
+    """`train` as a user starts it: alone, or under torchrun."""
+    start = [sys.executable, "-m"]
+    if world > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        [*start, "launch.cli", "train", f"data={data}", f"out={out}", *CLI],
+        cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def test_a_run_on_two_ranks_is_stopped_by_a_signal_and_goes_on_with_one(
+    crop_shards: Path, tmp_path: Path
+) -> None:
+    whole = launch(1, crop_shards, tmp_path / "whole")
+    assert whole.wait() == 0
+    process = launch(2, crop_shards, tmp_path / "run")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    # one rank alone hears the signal; both must agree, save, and stop
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(found.stdout.split()[-1]), signal.SIGUSR2)
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert "at step" in said and "run the same words to go on" in said
+    stopped = max(losses(tmp_path / "run"))
+    assert 5 <= stopped < 12
+    again = launch(1, crop_shards, tmp_path / "run")
+    assert f"from step {stopped}" in again.communicate()[1]
+    # the same samples and views: the curve is the unbroken one's up to rounding
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert one.keys() == two.keys() == set(range(1, 13))
+    for step, value in one.items():
+        assert two[step] == pytest.approx(value, rel=5e-3), step

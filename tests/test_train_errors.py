@@ -1,4 +1,4 @@
-"""Training that cannot go on says why in one sentence, with the right exit code, and loses nothing."""
+"""Training that cannot go on says why in one sentence, exits rightly, and loses nothing."""
 
 import errno
 import json
@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the loss is not finite at step" in last and "rank(s) [0]" in last
     assert "slide" in last  # names the samples
-    step, state = checkpoint.load_newest(out / "checkpoints")  # type: ignore[misc]
+    step, _ = checkpoint.load_newest(out / "checkpoints")  # type: ignore[misc]
     assert f"at step {step} " in last  # saved after the step before, not after the bad one
     assert not (out / "encoder").exists()
 

@@ -83,8 +83,8 @@ class BlockReader:
         if file is None:
             file = self._files.setdefault(shard, os.open(self.index.shard(shard), os.O_RDONLY))
         payload = self._buffer(length)
-        got = os.preadv(file, [payload], offset)
-        if got != length or (not self._checked[block] and zlib.crc32(payload) != crc):
+        got = os.preadv(file, [payload.data], offset)
+        if got != length or (not self._checked[block] and zlib.crc32(payload.data) != crc):
             raise RunError(
                 f"block {block} of {self.index.shard(shard)} has changed since it was written "
                 f"(checksum); 'lemon-muse prep check data={self.index.folder}' lists the damage."

@@ -1,7 +1,7 @@
 """All that needs a GPU, in one go: `python -m tests.performance.gpu DATA OUT [SECONDS]`.
 
 DATA is a folder of images with nuclei (BRCA-M2C). Prints and writes to OUT/gpu.json: the LEMON step
-(ViT-S/8, batch 4096, bf16, compile) for SECONDS (default 600): crops/s, MFU, data wait, peak memory;
+(ViT-S/8, batch 4096, bf16, compile) for SECONDS (default 600): crops/s, data wait, peak memory,
 the same step fed by torchvision in DataLoader workers; the probe table of the trained encoder.
 """
 

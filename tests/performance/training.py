@@ -11,56 +11,70 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lemon_muse.config import load
+from lemon_muse.data.augment import ViewConfig
 from lemon_muse.data.shards import open_index
 from lemon_muse.data.writer import ShardWriter
 from lemon_muse.recipe import Train
 from lemon_muse.stop import Stop
 from lemon_muse.train import Clock, Loop
 from tests.performance.crops import real_crops
-from tests.performance.views import UsualViews
+from tests.performance.views import pil_chain
+
+
+class UsualViews(torch.utils.data.Dataset):
+    """Two views of an image by PIL and torchvision, as a DataLoader worker makes them."""
+
+    def __init__(self, crops: np.ndarray) -> None:
+        self.crops, self.chain = crops, pil_chain(ViewConfig())
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.fromarray(self.crops[i])
+        return self.chain(image), self.chain(image)
 
 
 def run(seconds: float = 40.0, batch: int | None = None) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = batch or (4096 if device.type == "cuda" else 128)
+    gpu = device.type == "cuda"
+    batch = batch or (4096 if gpu else 128)
+    steps = {
+        f"ViT-S/8, batch {batch}": [f"batch={batch}", f"compile={str(gpu).lower()}"],
+        "demo's ResNet, batch 256": ["demo.yaml", "view={policy: a1+gray}"],
+    }
     crops, source = real_crops(max(8192, 2 * batch))
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         _write(crops, Path(folder) / "crops")
-        words = [
-            f"data={folder}/crops",
-            f"out={folder}/run",
-            f"batch={batch}",
-            "steps=100000",
-            "workers=1",
-        ]
-        cfg = load(Train, [*words, f"compile={str(device.type == 'cuda').lower()}"])
-        loop = Loop(cfg, open_index(cfg.data), device, None)
-        ours = _ours(loop, seconds)
-        usual = _usual(loop, crops, seconds)
-    common = {
-        "name": "training",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cores": torch.get_num_threads(), "data": source,
-        "peer": "same step, views by torchvision in DataLoader workers",
-    }  # fmt: skip
-    what = f"ViT-S/8, batch {batch}, bf16"
+        places = [f"data={folder}/crops", f"out={folder}/run", "steps=100000", "workers=1"]
+        for what, words in steps.items():
+            file = [w for w in words if w.endswith(".yaml")]
+            cfg = load(Train, [*file, *places, *[w for w in words if w not in file]])
+            loop = Loop(cfg, open_index(cfg.data), device, None)
+            rows += _rows(what, _ours(loop, seconds), _usual(loop, crops, seconds))
+    name = torch.cuda.get_device_name() if gpu else "cpu"
+    about = {"name": "training", "device": name, "cores": torch.get_num_threads(), "data": source}
+    return [{**about, **row} for row in rows]
+
+
+def _rows(what: str, ours: dict[str, float], usual: dict[str, float]) -> list[dict]:
+    peer = {"peer": "the same step, views by torchvision in 2 DataLoader workers"}
+    share = {"unit": "% of the time", "ratio": None, **peer}
+    rate = {"unit": "crops/s", "ratio": ours["rate"] / usual["rate"], **peer}
     rows = [
-        {**common, "what": f"{what}: crops/s",
-         "ours": ours["rate"], "unit": "crops/s", "ratio": ours["rate"] / usual["rate"]},
-        {**common, "what": f"{what}: waiting for data",
-         "ours": 100 * ours["wait"], "unit": "% of the time", "ratio": None},
-        {**common, "what": f"{what}: making views",
-         "ours": 100 * ours["views"], "unit": "% of the time", "ratio": None},
-        {**common, "what": f"{what}: waiting, usual way",
-         "ours": 100 * usual["wait"], "unit": "% of the time", "ratio": None},
-    ]  # fmt: skip
-    if device.type == "cuda":
+        {"what": f"{what}: speed", "ours": ours["rate"], **rate},
+        {"what": f"{what}: waiting for data", "ours": 100 * ours["wait"], **share},
+        {"what": f"{what}: making views", "ours": 100 * ours["views"], **share},
+        {"what": f"{what}: waiting, usual way", "ours": 100 * usual["wait"], **share},
+    ]
+    if torch.cuda.is_available():
+        memory = {"unit": "GiB", "ratio": None, **peer}
         peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.append(
-            {**common, "what": f"{what}: peak memory", "ours": peak, "unit": "GiB", "ratio": None}
-        )
+        rows.append({"what": f"{what}: peak memory", "ours": peak, **memory})
     return rows
 
 
