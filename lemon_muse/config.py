@@ -6,7 +6,9 @@ the recipe; a YAML file holds differences; words come last. Every mistake is one
 """
 
 import difflib
+import inspect
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -107,7 +109,9 @@ def help_text(model: type[Config], prefix: str = "") -> str:
                 if len(nested) > 1:
                     tag = "default" if isinstance(default, option) else "alternative"
                     title += f" ({tag})"
-                groups.append(f"{title}\n{help_text(option, f'{prefix}{name}.')}")
+                rest = inspect.cleandoc(option.__doc__ or "").split("\n\n", 1)[1:]
+                notes = textwrap.indent("\n".join(rest) + "\n", "  ") if rest else ""
+                groups.append(f"{title}\n{notes}{help_text(option, f'{prefix}{name}.')}")
             continue
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else f"default {_show(default)}"
