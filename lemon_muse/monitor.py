@@ -37,8 +37,9 @@ class Monitor:
         self.first, self.steps, self.began = first, steps, time.monotonic()
 
     def step(self, step: int) -> None:
+        """Move the bar to `step` finished steps."""
         if self.active:
-            self.bar.update(step + 1 - self.bar.n)
+            self.bar.update(step - self.bar.n)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics: `step` counts finished steps."""

@@ -125,16 +125,15 @@ class Loop:
             f"{cfg.batch} on {distributed.world()} × {self.device.type}; chance-level loss "
             f"{self.method.chance():.3f}"
         )
-        runner = self._runner()
-        clock = Clock()
+        if self.step < cfg.steps:
+            self._count_flops(self.batches.batch_at(self.step))
+        runner, clock = self._runner(), Clock()
         for batch in self.batches.iterate(self.step, cfg.steps):
             clock.got_data()
-            if self.flops == 0:
-                self._count_flops(batch)
             result = self._one_step(runner, batch, stop)
             self.step += 1
             clock.worked(cfg.batch)
-            self.monitor.step(self.step - 1)
+            self.monitor.step(self.step)
             self._report(result, clock)
             if self.step % cfg.save_every == 0 or self.step == cfg.steps or self.ending:
                 self.save()
