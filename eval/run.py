@@ -33,7 +33,7 @@ class Eval(Config):
         description="encoder folder or run folder; random:FOLDER = the same network untrained; "
         "floor:majority, floor:colour, floor:histogram, floor:pixel_pca (optionally @40px0.25)"
     )
-    benchmark: str = Field(description="name of the benchmark: brcam2c, generated")
+    benchmark: str = Field(description="name of the benchmark: brcam2c, folder")
     root: Path = Field(description="folder of the benchmark's data, in its published layout")
     probe: Literal["knn", "logistic", "linear", "all"] = Field("all", description="probe")
     protocol: Literal["default", "muse"] = Field(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eval.benchmarks.brcam2c import BrcaM2C
-from eval.benchmarks.generated import Generated
+from eval.benchmarks.folder import Folder
 from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 
@@ -19,8 +19,6 @@ class Benchmark(Protocol):
     def task(self) -> str: ...
     @property
     def version(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
 
     def load(self, root: Path) -> Table:
         """The table of all splits; UserError says what is wrong with the folder."""
@@ -33,7 +31,7 @@ class Benchmark(Protocol):
 
 BENCHMARKS: dict[str, Benchmark] = {
     "brcam2c": BrcaM2C(),
-    "generated": Generated(),
+    "folder": Folder(),
 }
 
 

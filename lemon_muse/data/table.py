@@ -13,6 +13,7 @@ from lemon_muse.data import geometry
 from lemon_muse.errors import UserError
 
 SPLITS = ("train", "val", "test")
+COLUMNS = ("image", "x", "y", "mpp", "label", "patient", "slide", "split")
 # Bytes of an image that enter the table's hash: enough to notice an exchanged file, and cheap.
 HASHED_BYTES = 65536
 
@@ -42,8 +43,7 @@ class Table:
     classes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        columns = ("image", "x", "y", "mpp", "label", "patient", "slide", "split")
-        lengths = {name: len(getattr(self, name)) for name in columns}
+        lengths = {name: len(getattr(self, name)) for name in COLUMNS}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a table must be equally long, not {lengths}")
 
@@ -53,6 +53,11 @@ class Table:
     def rows(self, split: str) -> np.ndarray:
         """int64 indices of the rows of one split."""
         return np.flatnonzero(self.split == split)
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The table of these rows, int [m], with the same classes."""
+        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
+        return Table(**columns, classes=self.classes)
 
     def patients_across(self) -> list[str]:
         """Patients that occur in more than one split, sorted: their nuclei leak between splits."""

@@ -49,7 +49,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(encoder: Path | str, root: Path, out: Path, **more: Any) -> Eval:
-    given = {"encoder": str(encoder), "benchmark": "generated", "root": root, "out": out}
+    given = {"encoder": str(encoder), "benchmark": "folder", "root": root, "out": out}
     return Eval(**{**given, "device": "cpu", **more})
 
 
@@ -236,7 +236,7 @@ def test_floors_beat_majority_on_real_nuclei(shared_data: Path, tmp_path: Path) 
     [
         ({"encoder": "floor:texture"}, "is no floor"),
         ({"encoder": "no/such/folder"}, "not an encoder folder"),
-        ({"benchmark": "genrated"}, "did you mean 'generated'"),
+        ({"benchmark": "fodler"}, "did you mean 'folder'"),
         ({"root": Path("nowhere")}, "there is no"),
         ({"device": "quantum"}, "cannot be used"),
     ],
@@ -253,9 +253,9 @@ def test_wrong_words_are_one_sentence_and_leave_nothing(
 
 def test_the_settings_name_what_is_wrong() -> None:
     with pytest.raises(UserError, match="'encoder' is required"):
-        load(Eval, ["benchmark=generated", "root=x"])
+        load(Eval, ["benchmark=folder", "root=x"])
     with pytest.raises(UserError, match="did you mean 'probe'"):
-        load(Eval, ["encoder=x", "benchmark=generated", "root=x", "prob=knn"])
+        load(Eval, ["encoder=x", "benchmark=folder", "root=x", "prob=knn"])
 
 
 def test_a_split_without_nuclei_is_said(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval import features as features_module
-from eval.benchmarks.generated import Generated
+from eval.benchmarks.folder import Folder
 from lemon_muse.errors import RunError
 from lemon_muse.synthetic import write_images
 from tests.eval.standins import TinyEncoder
@@ -20,7 +20,7 @@ def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_are_in_table_order_and_ignore_batch_and_threads(tissue: Path) -> None:
-    table = Generated().load(tissue)
+    table = Folder().load(tissue)
     net = TinyEncoder()
     found = features_module.features(net, table, batch=7, workers=2)
     one = [features_module.encode(net.eval(), table.crops(40, 0.25, np.array([i]))) for i in (0, 9)]
@@ -34,7 +34,7 @@ def test_non_finite_features_stop_the_job(tissue: Path) -> None:
     net = TinyEncoder()
     net.layer.weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match="not finite"):
-        features_module.features(net, Generated().load(tissue))
+        features_module.features(net, Folder().load(tissue))
 
 
 def test_the_cache_is_used_and_a_damaged_one_is_not(

@@ -22,10 +22,10 @@ def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_equals_a_plain_loop_over_both_halves(tissue: Path) -> None:
-    probe = online_probe("generated", tissue, size=40, mpp=0.25, seed=2)
+    probe = online_probe("folder", tissue, size=40, mpp=0.25, seed=2)
     net = TinyEncoder()
     found = probe(net)
-    table = BENCHMARKS["generated"].load(tissue)
+    table = BENCHMARKS["folder"].load(tissue)
     sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(2))
     net.eval()
     from eval.features import encode
@@ -48,16 +48,16 @@ def test_it_equals_a_plain_loop_over_both_halves(tissue: Path) -> None:
 
 @pytest.mark.parametrize("bank", ["val", "train"])
 def test_bank_and_queries_share_no_patient_and_obey_the_cap(tissue: Path, bank: str) -> None:
-    probe = online_probe("generated", tissue, size=40, mpp=0.25, cap=15, bank=bank)
+    probe = online_probe("folder", tissue, size=40, mpp=0.25, cap=15, bank=bank)
     assert all(len(part) <= 15 for part in probe.crops)  # type: ignore[attr-defined]
-    table = BENCHMARKS["generated"].load(tissue)
+    table = BENCHMARKS["folder"].load(tissue)
     first, second = patient_halves(table, table.rows("val"), generator=np.random.default_rng(0))
     assert not set(table.patient[first]) & set(table.patient[second])
     np.testing.assert_array_equal(np.sort(np.r_[first, second]), table.rows("val"))
 
 
 def test_it_leaves_mode_gradients_and_random_state_alone(tissue: Path) -> None:
-    probe = online_probe("generated", tissue, size=40, mpp=0.25)
+    probe = online_probe("folder", tissue, size=40, mpp=0.25)
     net = TinyEncoder()
     net.train()
     net.dropout.eval()
@@ -70,7 +70,7 @@ def test_it_leaves_mode_gradients_and_random_state_alone(tissue: Path) -> None:
 
 
 def test_a_better_encoder_scores_higher(tissue: Path) -> None:
-    probe = online_probe("generated", tissue, size=40, mpp=0.25)
+    probe = online_probe("folder", tissue, size=40, mpp=0.25)
 
     class Constant(TinyEncoder):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_halves_are_alike_in_class_counts(shared_data: Path) -> None:
 
 
 def test_another_window_is_refused(tissue: Path) -> None:
-    probe = online_probe("generated", tissue, size=40, mpp=0.25)
+    probe = online_probe("folder", tissue, size=40, mpp=0.25)
     with pytest.raises(ValueError, match="crops of 40 px, not 48"):
         probe(TinyEncoder(image_size=48))
 
@@ -103,4 +103,4 @@ def test_without_val_it_says_so(tissue: Path, monkeypatch: pytest.MonkeyPatch) -
         lambda self, split: rows(self, split)[:0] if split == "val" else rows(self, split),
     )
     with pytest.raises(UserError, match="no val nucleus"):
-        online_probe("generated", tissue, size=40, mpp=0.25)
+        online_probe("folder", tissue, size=40, mpp=0.25)

@@ -83,7 +83,7 @@ def test_the_loss_is_the_symmetric_sum() -> None:
     batch = a_batch(method)
     method.train()
     twin = copy.deepcopy(method)
-    loss = float(method(batch, 0)["loss"])
+    loss = float(method(batch, 0)["loss"].detach())
     x1, x2 = twin._views(batch)
     with torch.no_grad():
         features = [twin.base["backbone"](x) for x in (x1, x2)]

@@ -1,4 +1,4 @@
-"""The generated benchmark: what the generator writes, and folders that do not fit."""
+"""The folder benchmark: what the generator writes, and folders that do not fit."""
 
 import csv
 import json
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.benchmarks.generated import Generated
+from eval.benchmarks.folder import Folder
 from lemon_muse.errors import UserError
 from lemon_muse.synthetic import CLASSES, write_images
 
-BENCHMARK = Generated()
+BENCHMARK = Folder()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 def test_reads_what_the_generator_writes(tmp_path: Path) -> None:
     write_images(tmp_path, slides=3, side=320, seed=1)
     table = BENCHMARK.load(tmp_path)
-    assert table.classes == tuple(CLASSES)
+    assert table.classes == tuple(sorted(table.classes)) and set(table.classes) <= set(CLASSES)
     assert set(table.split.tolist()) == {"train", "val", "test"}
     assert table.patients_across() == []
     total = 0
@@ -70,10 +70,34 @@ def test_columns_and_check(folder: Path) -> None:
     assert len(table) == 12
     assert table.x[:4].tolist() == [10.25, 11.25, 12.25, 13.25]
     assert (table.y == 40.5).all() and (table.mpp == 0.25).all()
-    assert table.label[:4].tolist() == [0, 1, 2, 3]
-    assert BENCHMARK.check(folder) == [
-        f"{s} has no {CLASSES[4]}." for s in ("train", "val", "test")
-    ]
+    names = [table.classes[i] for i in table.label[:4]]
+    assert names == list(CLASSES[:4]) and table.classes == tuple(sorted(CLASSES[:4]))
+    assert BENCHMARK.check(folder) == []
+
+
+def test_check_names_a_class_that_a_split_lacks(folder: Path) -> None:
+    path = folder / "nuclei" / "slide0.geojson"
+    path.write_text(path.read_text().replace(CLASSES[0], CLASSES[1]))
+    said = BENCHMARK.check(folder)
+    assert len(said) == 1 and said[0].endswith(f"has no {CLASSES[0]}.")
+
+
+def test_nuclei_without_a_class_are_left_out(folder: Path) -> None:
+    path = folder / "nuclei" / "slide0.geojson"
+    collection = json.loads(path.read_text())
+    del collection["features"][0]["properties"]["classification"]
+    path.write_text(json.dumps(collection))
+    assert len(BENCHMARK.load(folder)) == 11
+
+
+def test_one_class_is_not_enough(folder: Path) -> None:
+    for path in (folder / "nuclei").glob("*.geojson"):
+        text = path.read_text()
+        for name in CLASSES:
+            text = text.replace(name, "cell")
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"have 1 class\(es\), but a probe needs two"):
+        BENCHMARK.load(folder)
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -90,7 +114,6 @@ def replace(path: Path, old: str, new: str) -> None:
         ("slides.csv", "val", "dev", "has split 'dev'"),
         ("slides.csv", "patient", "person", "must have the columns"),
         ("slides.csv", "images/slide0.png", "images/none.png", "is missing"),
-        ("nuclei/slide0.geojson", CLASSES[0], "neutrophil", "has class 'neutrophil'"),
         ("nuclei/slide0.geojson", "10.25", "64.0", "outside its image of 64 x 48 px"),
         ("nuclei/slide0.geojson", '"Point"', '"Polygon"', "is not a GeoJSON"),
         ("nuclei/slide0.geojson", '{"type"', '{"type', "is not a GeoJSON"),
