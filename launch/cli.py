@@ -16,6 +16,8 @@ JOBS: dict[str, tuple[str, str, str]] = {
         "Demo",
         "prep, pretrain, probe, export and report, in minutes on two cores",
     ),
+    "prep manifest": ("data_prep.manifest", "Manifest", "a table of slides: size, mpp, patient"),
+    "prep nuclei": ("data_prep.nuclei", "Nuclei", "nuclei of slides: read from files, or detected"),
     "prep crops": ("data_prep.crops", "Crops", "crop shards from images with nucleus positions"),
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
     "train": ("launch.training", "Train", "pretrain a nucleus encoder on crop shards"),

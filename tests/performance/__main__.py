@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("views", "loading", "training")
+BENCHMARKS = ("views", "loading", "training", "slides")
 OUT = Path("bench.json")
 
 
