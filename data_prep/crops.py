@@ -153,9 +153,10 @@ def _need_room(cfg: Crops, count: int) -> None:
     needed = count * each * (2.02 if cfg.encoding == "raw" else 1.5)
     free = shutil.disk_usage(cfg.out).free
     if free < needed:
+        smaller = ", or use encoding=jpeg" if cfg.encoding == "raw" else ""
         raise RunError(
-            f"{cfg.out} needs about {needed / 2**30:.1f} GiB for {count} crops and their mixing, "
-            f"but {free / 2**30:.1f} GiB are free; make room, or use encoding=jpeg."
+            f"{cfg.out} needs about {needed / 2**20:.0f} MiB for {count} crops and their mixing, "
+            f"but {free / 2**20:.0f} MiB are free; make room{smaller}."
         )
 
 

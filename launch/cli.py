@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; run the same words to go on.", 1)
     except OSError as error:
-        return _complain(f"{error.strerror or error} ({error.filename or 'no file'}).", 1)
+        where = f" ({error.filename})" if error.filename else ""
+        return _complain(f"{error.strerror or error}{where}; mend it, run the same words again.", 1)
     except Exception:
         traceback.print_exc()
         return _complain("this is a defect of lemon-muse, please report the lines above.", 1)

@@ -10,6 +10,7 @@ import torch
 from launch import cli
 from lemon_muse import checkpoint
 from lemon_muse.data import files
+from lemon_muse.errors import RunError
 
 SMALL = [
     "batch=32",
@@ -115,6 +116,16 @@ def test_a_full_disk_while_saving(
     assert train(crop_shards, out, "steps=6", "save_every=1") == 0
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(RunError, match=r"a\.bin cannot be written, the disk is full; make room"):
+        files.write_atomic(tmp_path / "a.bin", b"x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_not_trained_again(crop_shards: Path, tmp_path: Path) -> None:

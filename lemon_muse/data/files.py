@@ -1,7 +1,10 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
+
+from lemon_muse.errors import RunError
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
@@ -13,8 +16,13 @@ def write_atomic(path: Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{path} cannot be written, the disk is full; make room and run the same words "
+                f"again."
+            ) from error
         raise
     # The rename itself lives in the folder: without this a power cut could undo it.
     folder = os.open(path.parent, os.O_RDONLY)

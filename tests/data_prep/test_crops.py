@@ -241,7 +241,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(RunError, match="GiB are free; make room"):
+    with pytest.raises(RunError, match="MiB are free; make room"):
         prep(source, tmp_path / "out")
 
 
