@@ -66,12 +66,3 @@ def crop(
     for i, (x, y) in enumerate(corner[rows]):
         out[i] = image[y : y + size, x : x + size]
     return out, rows
-
-
-def centre_window(pixels: np.ndarray | torch.Tensor, size: int) -> np.ndarray | torch.Tensor:
-    """The central [N, size, size, 3] part of stored crops [N, S, S, 3]; S and size must be even."""
-    stored = pixels.shape[1]
-    if size > stored:
-        raise ValueError(f"a window of {size} px does not fit into stored crops of {stored} px")
-    start = (stored - size) // 2
-    return pixels[:, start : start + size, start : start + size]

@@ -59,10 +59,3 @@ def test_edges() -> None:
     np.testing.assert_array_equal(inside[0], image[12:28, 12:28])
     tiny, rows = geometry.crop(image[:5, :5], np.array([[2.0, 2.0]]), size=32)
     assert tiny.shape == (1, 32, 32, 3)
-
-
-def test_the_centre_window() -> None:
-    stored = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(1, 64, 64, 3)
-    np.testing.assert_array_equal(geometry.centre_window(stored, 40), stored[:, 12:52, 12:52])
-    with pytest.raises(ValueError, match="does not fit"):
-        geometry.centre_window(stored, 66)
