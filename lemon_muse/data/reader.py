@@ -35,16 +35,17 @@ class BlockReader:
             RunError: the bytes are not what was written.
         """
         row = self.index.blocks[block]
-        payload = self._read(block, int(row["offset"]), int(row["length"]), int(row["crc"]))
+        payload = self._buffer(int(row["length"]))
+        crc = None if self._checked[block] else int(row["crc"])
+        self._read(block, int(row["offset"]), payload, crc)
+        self._checked[block] = True
         return decode(payload, self.index.encoding, int(row["count"]), self.index.size)
 
     def columns(self, block: int) -> dict[str, np.ndarray]:
         """The metadata columns of a block."""
         row = self.index.blocks[block]
-        self._checked[block] = False
-        payload = self._read(
-            block, int(row["meta_offset"]), int(row["meta_length"]), int(row["meta_crc"])
-        )
+        payload = np.empty(int(row["meta_length"]), np.uint8)
+        self._read(block, int(row["meta_offset"]), payload, int(row["meta_crc"]))
         with np.load(io.BytesIO(payload.tobytes()), allow_pickle=False) as members:
             return dict(members)
 
@@ -77,20 +78,18 @@ class BlockReader:
             return np.empty(length, np.uint8)
         return spare if len(spare) == length else np.empty(length, np.uint8)
 
-    def _read(self, block: int, offset: int, length: int, crc: int) -> np.ndarray:
+    def _read(self, block: int, offset: int, into: np.ndarray, crc: int | None) -> None:
+        """Fill `into`, uint8 [bytes], from the block's shard; with a checksum, compare it."""
         shard = int(self.index.blocks[block]["shard"])
         file = self._files.get(shard)
         if file is None:
             file = self._files.setdefault(shard, os.open(self.index.shard(shard), os.O_RDONLY))
-        payload = self._buffer(length)
-        got = os.preadv(file, [payload.data], offset)
-        if got != length or (not self._checked[block] and zlib.crc32(payload.data) != crc):
+        got = os.preadv(file, [into.data], offset)
+        if got != len(into) or (crc is not None and zlib.crc32(into.data) != crc):
             raise RunError(
                 f"block {block} of {self.index.shard(shard)} has changed since it was written "
                 f"(checksum); 'lemon-muse prep check data={self.index.folder}' lists the damage."
             )
-        self._checked[block] = True
-        return payload
 
 
 class CropBatches:
