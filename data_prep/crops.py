@@ -1,44 +1,63 @@
-"""Cut a crop around every nucleus of a folder of images and pack them into mixed shards.
+"""Cut a crop around every nucleus of slides, or of a folder of images, into mixed shards.
 
-The crops are first laid down at their shuffled place in one scratch file (the operating system
-keeps memory flat), then read back in order and packed into blocks: every block is a random draw
-from all slides, so a batch of few blocks is mixed as well as a batch of many.
+The part of a slide is its crops, raw, in a random order. A group's parts are merged bucket by
+bucket: bucket b takes the b-th stretch of every part, so it is a random draw from all slides of the
+group, and memory holds one bucket, however many nuclei there are.
 """
 
+import hashlib
+import io
+import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from data_prep.assembly import Job, assemble
+from data_prep.claims import own_name
+from data_prep.nuclei_table import NucleiTable, read_table
+from data_prep.sources import Layout, Source, Split, open_sources
 from lemon_muse.config import Config
-from lemon_muse.data.layouts import read_layout
+from lemon_muse.data.codec import encode
+from lemon_muse.data.files import write_atomic
 from lemon_muse.data.shards import open_index
-from lemon_muse.data.table import Table
-from lemon_muse.data.writer import ShardWriter
-from lemon_muse.errors import RunError, UserError
+from lemon_muse.data.writer import ShardWriter, check_encoding
+from lemon_muse.errors import RunError
 
 log = logging.getLogger(__name__)
 
+BUCKET = 192 * 2**20  # bytes of pixels that a merge holds
+STAINED = 256  # crops of a slide from which its stain is measured
+STRIDE = 5  # every fifth pixel of those, in both directions
+
 
 class Crops(Config):
-    """Crop shards from a folder of images with nucleus positions."""
+    """Crop shards from slides and their nuclei, or from a folder of images with nuclei."""
 
     data: Path = Field(
-        description="folder of images and nuclei (docs/formats.md lists the layouts)"
+        description="folder of prep nuclei, or of images and nuclei (docs/formats.md has layouts)"
     )
-    out: Path = Field(description="folder of the shards; a finished one is left alone")
-    layout: Literal["auto", "brcam2c", "folder"] = Field(
-        "auto", description="how the folder is laid out"
+    out: Path = Field(
+        description="folder of the shards; the same words go on, new slides are added"
     )
-    split: Literal["train", "val", "test", "all"] = Field(
-        "train", description="which images are used, where the folder has a split"
-    )
+    layout: Layout = Field("auto", description="how the data folder is laid out")
+    split: Split = Field("train", description="which images are used, where the folder has a split")
     mpp: float = Field(0.25, gt=0.05, lt=10, description="µm per pixel of the crops")
     size: int = Field(
         64, gt=7, description="side of a stored crop, px: window × 1.42 for any rotation"
+    )
+    per_slide: int | None = Field(
+        None, gt=0, description="nuclei taken of a slide, at random; none = all"
+    )
+    balance: Literal["none", "type", "cluster"] = Field(
+        "none", description="equal shares of a slide's nuclei by type, or by look (k-means)"
     )
     edge: Literal["reflect", "drop"] = Field(
         "reflect",
@@ -48,9 +67,13 @@ class Crops(Config):
     quality: int = Field(95, ge=1, le=100, description="JPEG quality")
     block: int = Field(256, gt=0, description="nuclei in a block, the unit that is read at once")
     shard_mb: int = Field(256, gt=0, description="size at which a shard is closed, MiB")
-    types: bool = Field(True, description="write the nucleus types where the folder has them")
-    seed: int = Field(0, ge=0, description="of the mixing")
-    workers: int = Field(2, ge=0, description="threads that read images")
+    group: int = Field(64, gt=0, description="slides that are mixed together, at most")
+    scratch_gb: float = Field(
+        24.0, gt=0, description="raw crops of a group on disk before they are mixed, at most, GiB"
+    )
+    types: bool = Field(True, description="write the nucleus types where the data has them")
+    seed: int = Field(0, ge=0, description="of the choice and the mixing")
+    workers: int = Field(2, ge=0, description="processes over slides; 0: this one")
 
 
 def run(cfg: Crops) -> Path:
@@ -60,19 +83,105 @@ def run(cfg: Crops) -> Path:
         UserError: the source or the settings are wrong, or `out` holds another set.
         RunError: the disk is full.
     """
-    from tqdm import tqdm
-
-    settings = cfg.model_dump(mode="json", exclude={"out", "workers"})
-    if _is_done(cfg.out, settings):
+    check_encoding("crops", cfg.encoding, cfg.size)
+    sources, layout = open_sources(
+        cfg.data, layout=cfg.layout, split=cfg.split, tables=cfg.out / "work" / "tables"
+    )
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    free = {"data", "out", "workers", "layout", "group", "scratch_gb"}
+    job = Job(
+        out=cfg.out,
+        settings={**cfg.model_dump(mode="json", exclude=free), "layout": layout},
+        cut=partial(cut, cfg),
+        merge=partial(merge, cfg),
+        bytes_each=cfg.size * cfg.size * 3,
+        group=cfg.group,
+        scratch=int(cfg.scratch_gb * 2**30),
+        seed=cfg.seed,
+        workers=cfg.workers,
+    )
+    _need_room(cfg, sources)
+    if not assemble(job, sources):
         print(f"{cfg.out} is finished already")
         return cfg.out
-    table, layout = read_layout(cfg.data, cfg.layout)
-    rows = _chosen(table, cfg)
-    position = np.random.default_rng(cfg.seed).permutation(len(rows))
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    _need_room(cfg, len(rows))
-    scratch = cfg.out / "scratch.tmp"
-    extra = {"source": {**settings, "layout": layout}}
+    _tell(cfg.out)
+    return cfg.out
+
+
+def cut(cfg: Crops, source: Source, part: Path) -> None:
+    """Make the part of a slide: `<part>.pixels`, its crops in random order, then `<part>.npz`."""
+    from lemon_muse.data import stain
+    from lemon_muse.data.slides import open_slide
+
+    table = read_table(source.table)
+    rng = slide_rng(cfg.seed, source.slide)
+    each = cfg.size * cfg.size * 3
+    path = own_name(part, "pixels")
+    with open_slide(source.path, mpp=source.mpp) as slide:
+        xy = np.stack([table.x, table.y], 1).astype(np.float64)
+        rows = _chosen(cfg, table, slide, xy, rng)
+        place = rng.permutation(len(rows))
+        kept = np.zeros(len(rows), bool)
+        looked: dict[int, np.ndarray] = {}  # by place: the same whatever the order of the bands
+        handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
+        try:
+            for here, pixels in slide.bands(xy[rows], cfg.size, mpp=cfg.mpp, edge=cfg.edge):
+                kept[here] = True
+                for position, crop in zip(place[here].tolist(), pixels, strict=True):
+                    os.pwrite(handle, crop.data, position * each)
+                    if position < STAINED:
+                        looked[position] = crop[::STRIDE, ::STRIDE].reshape(-1, 3)
+            os.fsync(handle)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+    path.replace(f"{part}.pixels")
+    sample = [looked[position] for position in sorted(looked)]
+    order = rows[np.argsort(place)]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        key=source.key,
+        place=np.sort(place[kept]),
+        **{name: getattr(table, name)[order] for name in ("id", "x", "y", "type", "score")},
+        about=json.dumps(
+            {
+                "patient": source.patient,
+                "source_mpp": source.mpp,
+                "dropped": int((~kept).sum()),
+                "stain": stain.describe(np.concatenate(sample or [np.zeros((0, 3), np.uint8)])),
+            }
+        ),
+    )
+    write_atomic(part.with_name("part.npz"), buffer.getvalue())
+
+
+def slide_rng(seed: int, slide: str) -> np.random.Generator:
+    """The generator of a slide: the same wherever and whenever the slide is worked on."""
+    digest = hashlib.blake2b(slide.encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little")])
+
+
+def _chosen(
+    cfg: Crops, table: NucleiTable, slide: Any, xy: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    from data_prep import choose
+
+    clusters = None
+    if cfg.balance == "cluster" and cfg.per_slide and cfg.per_slide < len(table):
+        clusters = choose.cluster(slide, xy, seed=cfg.seed)
+    return choose.choose(
+        table.type, count=cfg.per_slide, balance=cfg.balance, rng=rng, clusters=clusters
+    )
+
+
+def merge(cfg: Crops, group: int, slides: list[str]) -> None:
+    """Mix the parts of a group into its shards."""
+    parts = [_Part(cfg, slide) for slide in slides]
+    total = sum(len(part.place) for part in parts)
+    buckets = max(1, -(-total * cfg.size * cfg.size * 3 // BUCKET))
     writer = ShardWriter(
         cfg.out,
         size=cfg.size,
@@ -80,92 +189,112 @@ def run(cfg: Crops) -> Path:
         encoding=cfg.encoding,
         quality=cfg.quality,
         shard_bytes=cfg.shard_mb * 2**20,
-        extra=extra,
+        group=group,
+        whole=False,
     )
-    with writer:
-        shape = (len(rows), cfg.size, cfg.size, 3)
-        mixed = np.memmap(scratch, np.uint8, "w+", shape=shape)
-        source = np.full(len(rows), -1, np.int64)  # row of the table at each shuffled place
-        stream = table.stream(cfg.size, cfg.mpp, rows=rows, edge=cfg.edge, workers=cfg.workers)
-        with tqdm(total=len(rows), unit="nuclei", desc="cut", disable=None) as bar:
-            for taken, pixels in stream:
-                mixed[position[taken]] = pixels
-                source[position[taken]] = rows[taken]
-                bar.update(len(taken))
-        kept = np.flatnonzero(source >= 0)
-        for start in tqdm(range(0, len(kept), cfg.block), unit="block", desc="pack", disable=None):
-            here = kept[start : start + cfg.block]
-            writer.write(np.asarray(mixed[here]), _columns(table, source[here], cfg))
-        scratch.unlink()
-    _tell(cfg.out, len(rows) - len(kept))
-    return cfg.out
+    with writer, ThreadPoolExecutor(max(1, cfg.workers)) as pool:
+        encoded = partial(encode, encoding=cfg.encoding, quality=cfg.quality)
+        for pixels, columns in _mixed(cfg, group, parts, buckets):
+            cuts = range(0, len(pixels), cfg.block)
+            blocks = [pixels[start : start + cfg.block] for start in cuts]
+            # Raw blocks need no work: a pool would only copy them all before one is written.
+            payloads = pool.map(encoded, blocks) if cfg.encoding == "jpeg" else map(encoded, blocks)
+            for start, block, payload in zip(cuts, blocks, payloads, strict=True):
+                here = slice(start, start + cfg.block)
+                writer.write(block, {k: v[here] for k, v in columns.items()}, payload=payload)
+        for part in parts:
+            if part.slide in writer.slides:
+                entry = writer.slides[part.slide]
+                entry |= {"dropped": part.about["dropped"], "stain": part.about["stain"]}
 
 
-def _is_done(out: Path, settings: dict[str, Any]) -> bool:
-    if not (out / "index.json").is_file():
-        return False
-    before = dict(open_index(out).header.get("source", {}))
-    before.pop("layout", None)
-    now = {k: v for k, v in settings.items() if k != "layout"}
-    changed = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
-    if changed:
-        raise UserError(
-            f"{out} holds shards made with other settings ({'; '.join(changed[:3])}); "
-            f"give another out=, or delete that folder."
-        )
-    return True
+def _mixed(
+    cfg: Crops, group: int, parts: list["_Part"], buckets: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Shuffled stretches of whole blocks; what is left over goes into the next bucket."""
+    rest: tuple[np.ndarray, dict[str, np.ndarray]] | None = None
+    for bucket in range(buckets):
+        rng = np.random.default_rng([cfg.seed, group, bucket])
+        stretches = [part.stretch(bucket, buckets) for part in parts]
+        stretches = ([rest] if rest else []) + [s for s in stretches if len(s[0])]
+        if not stretches:
+            continue
+        order = rng.permutation(sum(len(s[0]) for s in stretches))
+        columns = {k: np.concatenate([s[1][k] for s in stretches])[order] for k in stretches[0][1]}
+        pixels = np.empty((len(order), cfg.size, cfg.size, 3), np.uint8)
+        place = np.argsort(order)
+        start = 0
+        while stretches:  # one after the other, so that the bucket is not held twice
+            piece = stretches.pop(0)[0]
+            pixels[place[start : start + len(piece)]] = piece
+            start += len(piece)
+        full = len(pixels) if bucket == buckets - 1 else len(pixels) // cfg.block * cfg.block
+        yield pixels[:full], {k: v[:full] for k, v in columns.items()}
+        rest = (pixels[full:].copy(), {k: v[full:] for k, v in columns.items()})
 
 
-def _chosen(table: Table, cfg: Crops) -> np.ndarray:
-    """Rows of the table that are used, each nucleus once."""
-    rows = np.arange(len(table)) if cfg.split == "all" else table.rows(cfg.split)
-    if not len(rows):
-        raise UserError(f"{cfg.data} has no nucleus in split={cfg.split}; use split=all.")
-    place = np.stack([table.image_code[rows].astype(np.float64), table.x[rows], table.y[rows]], 1)
-    _, first = np.unique(place, axis=0, return_index=True)
-    if len(first) < len(rows):
-        log.warning(
-            "%d nuclei stand twice at the same place and are taken once", len(rows) - len(first)
-        )
-    return rows[np.sort(first)]
+class _Part:
+    """The part of a slide, read stretch by stretch."""
+
+    def __init__(self, cfg: Crops, slide: str) -> None:
+        self.cfg, self.slide = cfg, slide
+        self.path = cfg.out / "work" / "parts" / slide / "part"
+        with np.load(f"{self.path}.npz", allow_pickle=False) as members:
+            self.place = members["place"]
+            self.about = json.loads(str(members["about"]))
+            self.columns = {k: members[k] for k in ("id", "x", "y", "type", "score")}
+
+    def stretch(self, number: int, of: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Crops and columns of the `number`-th of `of` stretches of the part."""
+        count, size = len(self.place), self.cfg.size
+        here = self.place[count * number // of : count * (number + 1) // of]
+        pixels = np.empty((len(here), size, size, 3), np.uint8)
+        if len(here):
+            first, each = int(here[0]), size * size * 3
+            span = np.fromfile(
+                f"{self.path}.pixels",
+                np.uint8,
+                count=(int(here[-1]) + 1 - first) * each,
+                offset=first * each,
+            )
+            pixels[:] = span.reshape(-1, size, size, 3)[here - first]
+        columns = {k: v[here] for k, v in self.columns.items()}
+        if not self.cfg.types:
+            columns["type"] = np.full(len(here), "")
+        return pixels, {
+            "slide": np.full(len(here), self.slide),
+            "patient": np.full(len(here), self.about["patient"]),
+            "mpp": np.full(len(here), self.cfg.mpp),
+            "source_mpp": np.full(len(here), self.about["source_mpp"]),
+            **columns,
+        }
 
 
-def _columns(table: Table, rows: np.ndarray, cfg: Crops) -> dict[str, np.ndarray]:
-    names = np.array([Path(p).stem for p in table.image[rows]])
-    known = cfg.types and len(table.classes) > 0
-    types = np.array([table.classes[i] if known and i >= 0 else "" for i in table.label[rows]])
-    return {
-        "slide": names,
-        "patient": table.patient[rows],
-        "id": rows,
-        "x": table.x[rows],
-        "y": table.y[rows],
-        "mpp": np.full(len(rows), cfg.mpp),
-        "source_mpp": table.mpp[rows],
-        "type": types.astype(str),
-        "score": np.ones(len(rows)),
-    }
-
-
-def _need_room(cfg: Crops, count: int) -> None:
+def _need_room(cfg: Crops, sources: list[Source]) -> None:
     """Say before the work, not after an hour, that the disk is too small."""
     each = cfg.size * cfg.size * 3
-    needed = count * each * (2.02 if cfg.encoding == "raw" else 1.5)
+    counts = [min(source.count, cfg.per_slide or source.count) for source in sources]
+    scratch = min(sum(counts) * each, int(cfg.scratch_gb * 2**30) * max(1, cfg.workers))
+    there = sum(p.stat().st_size for p in cfg.out.rglob("*") if p.is_file())
+    ratio = 1.02 if cfg.encoding == "raw" else 0.35
+    needed = sum(counts) * each * ratio + scratch - there
     free = shutil.disk_usage(cfg.out).free
     if free < needed:
         smaller = ", or use encoding=jpeg" if cfg.encoding == "raw" else ""
         raise RunError(
-            f"{cfg.out} needs about {needed / 2**20:.0f} MiB for {count} crops and their mixing, "
-            f"but {free / 2**20:.0f} MiB are free; make room{smaller}."
+            f"{cfg.out} needs about {needed / 2**20:.0f} MiB more for {sum(counts)} crops and "
+            f"their mixing, but {free / 2**20:.0f} MiB are free; make room{smaller}."
         )
 
 
-def _tell(out: Path, dropped: int) -> None:
+def _tell(out: Path) -> None:
     index = open_index(out)
     size = sum(s["bytes"] for s in index.header["shards"])
+    slides = index.header["slides"]
+    dropped = sum(about.get("dropped", 0) for about in slides.values())
     at_edge = f"; {dropped} at the border left out" if dropped else ""
     print(
-        f"{out}: {index.count} crops of {index.size} px at {index.mpp} µm/px from "
-        f"{len(index.header['slides'])} images in {len(index.blocks)} blocks, "
+        f"{out}: {index.count} crops of {index.size} px at {index.mpp:g} µm/px from "
+        f"{len(slides)} slides in {len(index.blocks)} blocks, "
         f"{size / 2**20:.0f} MiB ({size / index.count:.0f} bytes a crop){at_edge}"
     )

@@ -7,6 +7,11 @@ from pathlib import Path
 from lemon_muse.errors import RunError
 
 
+def disk_is_full(error: OSError) -> bool:
+    """Whether an error says that there is no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write under a temporary name, sync, rename: a killed job leaves the old file or the new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -18,7 +23,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and disk_is_full(error):
             raise RunError(
                 f"{path} cannot be written, the disk is full; make room and run the same words "
                 f"again."

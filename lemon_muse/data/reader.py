@@ -1,7 +1,8 @@
 """Read batches of crops from shards by the order, ahead of time, in threads.
 
 Any block is one seek and one read. Reading and decoding release the GIL, so threads are enough:
-nothing is forked, nothing is copied between processes.
+nothing is forked, nothing is copied between processes. Sets of ROIs are read as crops too: there a
+block is the nuclei of one ROI, cut out of its picture when it is read.
 """
 
 import io
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lemon_muse.data.codec import decode
+from lemon_muse.data import geometry
+from lemon_muse.data.codec import decode, decode_image
 from lemon_muse.data.order import Order, part
 from lemon_muse.data.shards import Index
 from lemon_muse.errors import RunError
@@ -39,15 +41,23 @@ class BlockReader:
         crc = None if self._checked[block] else int(row["crc"])
         self._read(block, int(row["offset"]), payload, crc)
         self._checked[block] = True
-        return decode(payload, self.index.encoding, int(row["count"]), self.index.size)
+        return self._decode(payload, block)
+
+    def _decode(self, payload: np.ndarray, block: int) -> np.ndarray:
+        return decode(
+            payload, self.index.encoding, int(self.index.blocks[block]["count"]), self.index.size
+        )
 
     def columns(self, block: int) -> dict[str, np.ndarray]:
         """The metadata columns of a block."""
         row = self.index.blocks[block]
         payload = np.empty(int(row["meta_length"]), np.uint8)
         self._read(block, int(row["meta_offset"]), payload, int(row["meta_crc"]))
-        with np.load(io.BytesIO(payload.tobytes()), allow_pickle=False) as members:
-            return dict(members)
+        try:
+            with np.load(io.BytesIO(payload.tobytes()), allow_pickle=False) as members:
+                return dict(members)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"the metadata of block {block} is not readable ({error}).") from None
 
     def describe(self, samples: np.ndarray) -> list[str]:
         """'slide (x, y)' of global sample numbers: for messages."""
@@ -92,6 +102,47 @@ class BlockReader:
             )
 
 
+class RoiReader(BlockReader):
+    """Random access to the ROIs of a set: pictures and nuclei."""
+
+    def _decode(self, payload: np.ndarray, block: int) -> np.ndarray:
+        return decode_image(payload)
+
+
+class RoiCropReader(RoiReader):
+    """The nuclei of ROIs as blocks of crops; `index` is from `Index.as_crops`."""
+
+    def _decode(self, payload: np.ndarray, block: int) -> np.ndarray:
+        nuclei = super().columns(block)
+        count = int(self.index.blocks[block]["count"])
+        centres = np.stack([nuclei["x"], nuclei["y"]], 1)[:count]
+        return geometry.crop(decode_image(payload), centres, size=self.index.size)[0]
+
+    def columns(self, block: int) -> dict[str, np.ndarray]:
+        """As those of a block of crops: x and y in px of the slide."""
+        found = super().columns(block)
+        count = int(self.index.blocks[block]["count"])
+        scale = found["side"][0] / self.index.header["roi"]
+        return {
+            "slide": np.repeat(found["slide"], count),
+            "patient": np.repeat(found["patient"], count),
+            "id": found["id"][:count],
+            "x": (found["left"] + found["x"][:count] * scale).astype(np.float32),
+            "y": (found["top"] + found["y"][:count] * scale).astype(np.float32),
+            "mpp": np.repeat(found["mpp"], count),
+            "source_mpp": np.repeat(found["source_mpp"], count),
+            "type": found["type"][:count],
+            "score": found["score"][:count],
+        }
+
+
+def open_reader(index: Index) -> BlockReader:
+    """The reader that fits: blocks of crops, ROIs, or ROIs as crops."""
+    if index.kind == "crops":
+        return BlockReader(index)
+    return RoiCropReader(index) if "roi" in index.header else RoiReader(index)
+
+
 class CropBatches:
     """Iterate over a rank's part of the batches, from any step, read ahead in threads.
 
@@ -116,7 +167,7 @@ class CropBatches:
         workers: int,
     ) -> None:
         self.index = index
-        self.reader = BlockReader(index)
+        self.reader = open_reader(index)
         self.order = Order(index.blocks["count"], seed, batch, window)
         self.part = part(batch, rank, world)
         self.workers = workers

@@ -74,6 +74,13 @@ class Slide:
         fine = [i for i, (_, _, d) in enumerate(self.levels) if self.mpp * d <= limit]
         return max(fine, key=lambda i: self.levels[i][2], default=0)
 
+    def extent(self, size: int, *, mpp: float) -> float:
+        """Level-0 px of a square that `region` gives as exactly `size` x `size` px at `mpp`."""
+        level = self.level_for(mpp)
+        down = self.levels[level][2]
+        grid = level_grid(self.levels[level][:2], level_mpp=self.mpp * down, mpp=mpp)
+        return size * down if grid.is_native else size * mpp / self.mpp
+
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Stored pixels: uint8 [height, width, 3] at corner (x, y), all in px of `level`."""
         return self._tiles.read(level, x, y, width, height)

@@ -1,11 +1,17 @@
-"""Write blocks of crops into tar shards, atomically, with their index."""
+"""Write samples into tar shards, atomically, group by group, with their index.
+
+A set grows by groups of slides. The shards of a group are named after it; its record (`groups/`)
+is written when they all stand; `write_index` sums the records up. So groups can be written by
+different processes, in any order, and a set can be extended without touching what is there.
+"""
 
 import io
 import json
 import os
-import shutil
+import socket
 import tarfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,24 +19,47 @@ from typing import Any
 import numpy as np
 
 from lemon_muse.data.codec import encode
-from lemon_muse.data.files import write_atomic
-from lemon_muse.data.shards import BLOCK, COLUMNS, SCHEMA
+from lemon_muse.data.files import disk_is_full, write_atomic
+from lemon_muse.data.shards import BLOCK, COLUMNS, ROI_COLUMNS, ROI_FACTS, SCHEMA, Kind
 from lemon_muse.errors import RunError, UserError
+
+LEVELS = np.arange(256) / 255.0
+
+
+class Moments:
+    """Sums of pixel values and their squares, exactly, by histograms; channels apart."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((2, 3))
+        self.count = 0
+
+    def add(self, pixels: np.ndarray) -> None:
+        """uint8 [..., 3]."""
+        for channel in range(3):
+            counts = np.bincount(pixels[..., channel].ravel(), minlength=256)
+            self.sums[:, channel] += (counts @ LEVELS, counts @ LEVELS**2)
+        self.count += pixels[..., 0].size
+
+    def as_json(self) -> dict[str, Any]:
+        return {"sums": self.sums.tolist(), "count": self.count}
 
 
 class ShardWriter:
-    """Write blocks of crops into tar shards and, at the end, the index.
+    """Write the samples of one group into tar shards and, at the end, the group's record.
 
-    Each shard is written under a temporary name, synced and renamed; the index comes last. A job
-    that dies leaves no `index.json`; leftovers of an earlier try are removed by a new writer.
+    Each shard is written under a temporary name, synced and renamed; the record comes last. With
+    `whole`, the set has this group alone and the index is written too.
 
     Args:
         folder: where the set goes.
-        size: side S of a stored crop in px (a multiple of 16 for JPEG sheets).
-        mpp: µm per pixel of every crop.
-        encoding: 'raw' or 'jpeg'.
-        quality: of the JPEG, 1 to 100.
+        kind: 'crops' or 'rois'.
+        size: side S of a crop or a ROI in px (crops: a multiple of 16 for JPEG sheets).
+        mpp: µm per pixel.
+        encoding: crops: 'raw' or 'jpeg'; ROIs: 'jpeg' or 'webp'.
+        quality: of the JPEG or WebP, 1 to 100.
         shard_bytes: a shard is closed when it has grown past this.
+        group: number of the group.
+        whole: write the index on closing.
         extra: further entries of index.json (seed, source, edge policy …).
     """
 
@@ -40,31 +69,35 @@ class ShardWriter:
         *,
         size: int,
         mpp: float,
+        kind: Kind = "crops",
         encoding: str = "raw",
         quality: int = 95,
         shard_bytes: int = 256 * 2**20,
+        group: int = 0,
+        whole: bool = True,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        if encoding not in ("raw", "jpeg"):
-            raise UserError(f"encoding must be 'raw' or 'jpeg', not {encoding!r}.")
-        if encoding == "jpeg" and size % 16:
-            raise UserError(
-                f"JPEG sheets need a crop size that is a multiple of 16 (cells would leak into "
-                f"each other), not {size}; take size={-(-size // 16) * 16}."
-            )
-        self.folder, self.size, self.mpp = folder, size, mpp
+        check_encoding(kind, encoding, size)
+        self.folder, self.size, self.kind, self.group = folder, size, kind, group
         self.encoding, self.quality, self.shard_bytes = encoding, quality, shard_bytes
-        self.extra = extra or {}
+        self.whole = whole
+        self.header = {
+            "mpp": mpp,
+            "size": size,
+            "encoding": encoding,
+            "quality": None if encoding == "raw" else quality,
+            **(extra or {}),
+        }
         self.blocks: list[tuple[int, ...]] = []
         self.shards: list[dict[str, Any]] = []
         self.slides: dict[str, dict[str, Any]] = {}
-        self._sums = np.zeros((2, 3), np.float64)
-        self._pixels = 0
+        self.moments, self.crop_moments = Moments(), Moments()
         self._tar: io.BufferedWriter | None = None
         self._offset = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("crops-*.tar"), *folder.glob("*.tmp"), folder / "index.json"]:
-            old.unlink(missing_ok=True)
+        if whole:
+            for old in [*folder.glob("*.tar"), *folder.glob("*.tmp"), folder / "index.json"]:
+                old.unlink(missing_ok=True)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -80,72 +113,104 @@ class ShardWriter:
             return
         if self._tar is not None:
             self._tar.close()
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            free = shutil.disk_usage(self.folder).free
+            self._temporary().unlink(missing_ok=True)
+        if isinstance(error, OSError) and disk_is_full(error):
             raise RunError(
-                f"writing to {self.folder} failed ({error}; {free / 2**30:.1f} GiB free); make "
-                f"room and run the same words again."
+                f"writing to {self.folder} failed, the disk is full; make room and run the same "
+                f"words again."
             ) from error
 
-    def write(self, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        """Append one block: pixels uint8 [N, S, S, 3] and one array [N] for each of `COLUMNS`."""
+    def write(
+        self, pixels: np.ndarray, columns: dict[str, np.ndarray], *, payload: Any = None
+    ) -> None:
+        """Append one block of crops.
+
+        Args:
+            pixels: uint8 [N, S, S, 3].
+            columns: one array [N] for each of `COLUMNS`.
+            payload: (ending, bytes) of the pixels where they are encoded already.
+        """
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (self.size, self.size, 3):
             raise ValueError(f"a block must be uint8 [N, {self.size}, {self.size}, 3]")
-        if set(columns) != set(COLUMNS) or any(len(c) != len(pixels) for c in columns.values()):
-            raise ValueError(
-                f"a block needs the columns {list(COLUMNS)}, each of {len(pixels)} rows"
-            )
-        ending, payload = encode(pixels, self.encoding, self.quality)
+        typed = _typed(columns, COLUMNS, len(pixels))
+        ending, data = payload or encode(pixels, self.encoding, self.quality)
+        self._append(ending, data, typed, len(pixels), len(pixels))
+        self.moments.add(pixels)
+        names, first, counts = np.unique(typed["slide"], return_index=True, return_counts=True)
+        for name, row, count in zip(names, first, counts, strict=True):
+            self.add_slide(str(name), typed["patient"][row], typed["source_mpp"][row], int(count))
+
+    def write_roi(
+        self,
+        payload: bytes,
+        columns: dict[str, np.ndarray],
+        facts: Mapping[str, Any],
+        *,
+        inner: int,
+    ) -> None:
+        """Append one ROI; its moments are added by the caller.
+
+        Args:
+            payload: the encoded picture.
+            columns: one array [n] for each of `ROI_COLUMNS`, nuclei with a whole window first.
+            facts: a value for each of `ROI_FACTS`.
+            inner: how many nuclei have a whole window.
+        """
+        count = len(columns["id"])
+        typed = _typed(columns, ROI_COLUMNS, count)
+        typed |= {k: np.array([facts[k]]).astype(t) for k, t in ROI_FACTS.items()}
+        ending = "roi.jpg" if self.encoding == "jpeg" else "roi.webp"
+        self._append(ending, payload, typed, count, inner)
+        entry = self.add_slide(facts["slide"], facts["patient"], facts["source_mpp"], count)
+        entry["rois"] = entry.get("rois", 0) + 1
+
+    def add_slide(self, name: str, patient: str, source_mpp: float, count: int) -> dict[str, Any]:
+        """Count nuclei of a slide; returns its entry of the index, which may be added to."""
+        entry = self.slides.setdefault(
+            str(name), {"patient": str(patient), "source_mpp": float(source_mpp), "count": 0}
+        )
+        entry["count"] += count
+        return entry
+
+    def close(self) -> None:
+        """Finish the last shard and write the record, and the index if this group is the set."""
+        self._finish_shard()
+        record = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "header": self.header,
+            "slides": self.slides,
+            "shards": self.shards,
+            "moments": self.moments.as_json(),
+            "crop_moments": self.crop_moments.as_json(),
+        }
+        write_record(self.folder, self.group, record, np.array(self.blocks, BLOCK))
+        if self.whole:
+            write_index(self.folder, [self.group])
+
+    def _append(
+        self, ending: str, payload: bytes, columns: dict[str, np.ndarray], count: int, inner: int
+    ) -> None:
         buffer = io.BytesIO()
-        typed = {k: np.asarray(columns[k]).astype(t) for k, t in COLUMNS.items()}
-        np.savez(buffer, **typed)  # type: ignore[arg-type]
+        np.savez(buffer, **columns)  # type: ignore[arg-type]
         meta = buffer.getvalue()
         if self._tar is None:
-            self._tar = (self.folder / f"{self._name()}.tmp").open("wb")
+            self._tar = self._temporary().open("wb")
             self._offset = 0
-        key = f"{len(self.blocks):09d}"
+        key = f"{self.group:05d}{len(self.blocks):07d}"
         offset = self._member(f"{key}.{ending}", payload)
         meta_offset = self._member(f"{key}.meta.npz", meta)
         sums = zlib.crc32(payload), zlib.crc32(meta)
-        self.blocks.append(
-            (len(self.shards), offset, len(payload), meta_offset, len(meta), len(pixels), *sums)
-        )
-        self._count(pixels, typed)
+        place = (len(self.shards), offset, len(payload), meta_offset, len(meta))
+        self.blocks.append((*place, count, inner, *sums))
         if self._offset >= self.shard_bytes:
             self._finish_shard()
 
-    def close(self) -> None:
-        """Finish the last shard and write the index."""
-        if not self.blocks:
-            raise UserError(f"no nucleus was found for {self.folder}: the set would be empty.")
-        self._finish_shard()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(self.blocks, BLOCK), allow_pickle=False)
-        mean = self._sums[0] / self._pixels
-        std = np.sqrt(self._sums[1] / self._pixels - mean**2)
-        header = {
-            "schema": SCHEMA,
-            "kind": "crops",
-            "mpp": self.mpp,
-            "size": self.size,
-            "encoding": self.encoding,
-            "quality": self.quality if self.encoding == "jpeg" else None,
-            "count": int(sum(b[5] for b in self.blocks)),
-            "blocks": len(self.blocks),
-            "blocks_crc": zlib.crc32(buffer.getvalue()),
-            "mean": [round(float(v), 6) for v in mean],
-            "std": [round(float(v), 6) for v in std],
-            "slides": self.slides,
-            "shards": self.shards,
-            **self.extra,
-        }
-        write_atomic(self.folder / "blocks.npy", buffer.getvalue())
-        write_atomic(self.folder / "index.json", json.dumps(header, indent=1).encode())
-
     def _name(self) -> str:
-        return f"crops-{len(self.shards):06d}.tar"
+        return f"{self.kind}-{self.group:05d}-{len(self.shards):03d}.tar"
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{self._name()}.{socket.gethostname()}-{os.getpid()}.tmp"
 
     def _member(self, name: str, payload: bytes) -> int:
         """Append one tar member; returns the offset of its payload.
@@ -172,24 +237,94 @@ class ShardWriter:
         size = self._tar.tell()
         self._tar.close()
         self._tar = None
-        (self.folder / f"{self._name()}.tmp").rename(self.folder / self._name())
+        self._temporary().replace(self.folder / self._name())
         self.shards.append({"name": self._name(), "bytes": size})
 
-    def _count(self, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        # Histograms make exact sums of values and squares without a float copy of the pixels.
-        values = np.arange(256) / 255.0
-        for channel in range(3):
-            counts = np.bincount(pixels[..., channel].ravel(), minlength=256)
-            self._sums[:, channel] += (counts @ values, counts @ values**2)
-        self._pixels += pixels[..., 0].size
-        names, first, counts = np.unique(columns["slide"], return_index=True, return_counts=True)
-        for name, row, count in zip(names, first, counts, strict=True):
-            entry = self.slides.setdefault(
-                str(name),
-                {
-                    "patient": str(columns["patient"][row]),
-                    "source_mpp": float(columns["source_mpp"][row]),
-                    "count": 0,
-                },
-            )
-            entry["count"] += int(count)
+
+def check_encoding(kind: Kind, encoding: str, size: int) -> None:
+    """A mistake in the choice of the encoding is said before any work is done."""
+    allowed = {"crops": ("raw", "jpeg"), "rois": ("jpeg", "webp")}[kind]
+    if encoding not in allowed:
+        raise UserError(f"encoding must be one of {', '.join(allowed)}, not {encoding!r}.")
+    if kind == "crops" and encoding == "jpeg" and size % 16:
+        raise UserError(
+            f"JPEG sheets need a crop size that is a multiple of 16 (cells would leak into "
+            f"each other), not {size}; take size={-(-size // 16) * 16}."
+        )
+
+
+def write_record(folder: Path, group: int, record: dict[str, Any], blocks: np.ndarray) -> None:
+    """Note that a group stands: `groups/<group>.json`, written last."""
+    (folder / "groups").mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, blocks, allow_pickle=False)
+    record = {**record, "blocks_crc": zlib.crc32(buffer.getvalue())}
+    write_atomic(folder / "groups" / f"{group:05d}.npy", buffer.getvalue())
+    write_atomic(folder / "groups" / f"{group:05d}.json", json.dumps(record).encode())
+
+
+def has_record(folder: Path, group: int) -> bool:
+    """Whether a group stands."""
+    return (folder / "groups" / f"{group:05d}.json").is_file()
+
+
+def write_index(folder: Path, groups: list[int], extra: dict[str, Any] | None = None) -> None:
+    """Write `blocks.npy` and `index.json` from the records of the groups.
+
+    Raises:
+        UserError: no nucleus in any of them.
+    """
+    records: list[dict[str, Any]] = []
+    parts: list[np.ndarray] = []
+    shards: list[dict[str, Any]] = []
+    slides: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        path = folder / "groups" / f"{group:05d}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        blocks = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        blocks["shard"] += len(shards)
+        records.append(record)
+        parts.append(blocks)
+        shards += record["shards"]
+        slides |= record["slides"]
+    joined = np.concatenate(parts) if parts else np.zeros(0, BLOCK)
+    if not joined["count"].sum():
+        raise UserError(f"no nucleus was found for {folder}: the set would be empty.")
+    buffer = io.BytesIO()
+    np.save(buffer, joined, allow_pickle=False)
+    mean, std = _mean_std([r["moments"] for r in records])
+    header = {
+        "schema": SCHEMA,
+        "kind": records[0]["kind"],
+        **records[0]["header"],
+        "count": int(joined["count"].sum()),
+        "blocks": len(joined),
+        "blocks_crc": zlib.crc32(buffer.getvalue()),
+        "mean": mean,
+        "std": std,
+        "groups": groups,
+        "slides": slides,
+        "shards": shards,
+        **(extra or {}),
+    }
+    if header["kind"] == "rois":
+        header["crop_mean"], header["crop_std"] = _mean_std([r["crop_moments"] for r in records])
+    # Without this, a job killed between the two files would leave an index of other blocks.
+    (folder / "index.json").unlink(missing_ok=True)
+    write_atomic(folder / "blocks.npy", buffer.getvalue())
+    write_atomic(folder / "index.json", json.dumps(header, indent=1).encode())
+
+
+def _mean_std(moments: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    sums = np.sum([m["sums"] for m in moments], 0)
+    mean, square = sums / max(1, sum(m["count"] for m in moments))
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    return mean.round(6).tolist(), std.round(6).tolist()
+
+
+def _typed(
+    columns: dict[str, np.ndarray], types: dict[str, str], count: int
+) -> dict[str, np.ndarray]:
+    if set(columns) != set(types) or any(len(c) != count for c in columns.values()):
+        raise ValueError(f"a sample needs the columns {list(types)}, each of {count} rows")
+    return {name: np.asarray(columns[name]).astype(kind) for name, kind in types.items()}

@@ -102,9 +102,9 @@ def test_a_finished_set_is_left_alone_and_other_settings_are_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = prep(source, tmp_path / "crops")
-    before = (out / "crops-000000.tar").stat().st_mtime_ns
+    before = (out / "crops-00000-000.tar").stat().st_mtime_ns
     prep(source, tmp_path / "crops")
-    assert (out / "crops-000000.tar").stat().st_mtime_ns == before
+    assert (out / "crops-00000-000.tar").stat().st_mtime_ns == before
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings \(mpp: 0.25 -> 0.5\)"):
         prep(source, tmp_path / "crops", mpp=0.5)
@@ -112,7 +112,7 @@ def test_a_finished_set_is_left_alone_and_other_settings_are_refused(
 
 def test_the_same_words_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
     a, b = prep(source, tmp_path / "a"), prep(source, tmp_path / "b", workers=2)
-    assert (a / "crops-000000.tar").read_bytes() == (b / "crops-000000.tar").read_bytes()
+    assert (a / "crops-00000-000.tar").read_bytes() == (b / "crops-00000-000.tar").read_bytes()
 
 
 def test_dropping_at_the_border(source: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_check_passes_and_draws(source: Path, tmp_path: Path) -> None:
 def test_check_finds_a_flipped_bit(source: Path, tmp_path: Path, member: str) -> None:
     out = prep(source, tmp_path / "crops")
     index = open_index(out)
-    tar = out / "crops-000000.tar"
+    tar = out / "crops-00000-000.tar"
     payload = bytearray(tar.read_bytes())
     payload[int(index.blocks[1][member]) + 400] ^= 4
     tar.write_bytes(payload)
@@ -189,7 +189,7 @@ def empty_all(folder: Path) -> None:
     ("spoil", "said"),
     [
         (spoil_mpp, "mpp"),
-        (spoil_image, "does not decode"),
+        (spoil_image, "s0.png cannot be read"),
         (spoil_point, "outside its image of 256 x 256 px"),
         (spoil_json, "s1.geojson is not"),
         (spoil_column, "must have the columns"),
@@ -220,7 +220,7 @@ def test_bad_sources_are_one_sentence_and_exit_2(
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("lemon-muse: ") and said in last
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not list((tmp_path / "out").glob("*.tar")) and not (tmp_path / "out/index.json").exists()
 
 
 def test_an_empty_nucleus_file_among_others_is_fine(source: Path, tmp_path: Path) -> None:
