@@ -23,7 +23,7 @@ from pydantic import Field
 from data_prep.assembly import Job, assemble
 from data_prep.claims import own_name
 from data_prep.nuclei_table import NucleiTable, read_table
-from data_prep.sources import Layout, Source, Split, open_sources
+from data_prep.sources import Source, Where, open_sources
 from lemon_muse.config import Config
 from lemon_muse.data.codec import encode
 from lemon_muse.data.files import write_atomic
@@ -38,17 +38,9 @@ STAINED = 256  # crops of a slide from which its stain is measured
 STRIDE = 5  # every fifth pixel of those, in both directions
 
 
-class Crops(Config):
-    """Crop shards from slides and their nuclei, or from a folder of images with nuclei."""
+class CropSettings(Config):
+    """What is cut, and how it is stored."""
 
-    data: Path = Field(
-        description="folder of prep nuclei, or of images and nuclei (docs/formats.md has layouts)"
-    )
-    out: Path = Field(
-        description="folder of the shards; the same words go on, new slides are added"
-    )
-    layout: Layout = Field("auto", description="how the data folder is laid out")
-    split: Split = Field("train", description="which images are used, where the folder has a split")
     mpp: float = Field(0.25, gt=0.05, lt=10, description="µm per pixel of the crops")
     size: int = Field(
         64, gt=7, description="side of a stored crop, px: window × 1.42 for any rotation"
@@ -72,8 +64,10 @@ class Crops(Config):
         24.0, gt=0, description="raw crops of a group on disk before they are mixed, at most, GiB"
     )
     types: bool = Field(True, description="write the nucleus types where the data has them")
-    seed: int = Field(0, ge=0, description="of the choice and the mixing")
-    workers: int = Field(2, ge=0, description="processes over slides; 0: this one")
+
+
+class Crops(CropSettings, Where):
+    """Crop shards from slides and their nuclei, or from a folder of images with nuclei."""
 
 
 def run(cfg: Crops) -> Path:

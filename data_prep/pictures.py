@@ -23,10 +23,10 @@ SHARPER = (
 )
 NUCLEUS, LINE = 3.0, 1.5  # radius of a circle, µm; thickness of its line, px
 BAR = 50.0  # µm, length of the scale bar
-DENSITY, STRENGTH = 50.0, 0.5  # side of a cell in which nuclei are counted, µm; of the veil
+DENSITY, STRENGTH = 50.0, 0.35  # side of a cell in which nuclei are counted, µm; of the veil
 MOST_TYPES = 8  # in a legend; the others are one entry
 INK, PAPER = (25, 25, 25), (255, 255, 255)
-FRAME, VEIL = (20, 60, 220), (0, 150, 90)
+FRAME, VEIL = (20, 60, 220), (255, 225, 0)
 # Bright hues that H&E does not have, in an order in which the colour-blind can tell the first four.
 COLOURS = (
     (255, 235, 0),

@@ -15,7 +15,7 @@ from data_prep.assembly import Job, assemble
 from data_prep.claims import own_name
 from data_prep.crops import slide_rng
 from data_prep.nuclei_table import NucleiTable, read_table
-from data_prep.sources import Layout, Source, Split, open_sources
+from data_prep.sources import Source, Where, open_sources
 from lemon_muse.config import Config
 from lemon_muse.data import geometry
 from lemon_muse.data.codec import encode_image
@@ -28,17 +28,9 @@ STRIDE = 4  # of the pixels that mean and std are taken from, in both directions
 SAMPLED = 32  # nuclei of a ROI whose windows give the mean and std of crops
 
 
-class Rois(Config):
-    """ROI shards from slides and their nuclei, or from a folder of images with nuclei."""
+class RoiSettings(Config):
+    """What is cut, and how it is stored."""
 
-    data: Path = Field(
-        description="folder of prep nuclei, or of images and nuclei (docs/formats.md has layouts)"
-    )
-    out: Path = Field(
-        description="folder of the shards; the same words go on, new slides are added"
-    )
-    layout: Layout = Field("auto", description="how the data folder is laid out")
-    split: Split = Field("train", description="which images are used, where the folder has a split")
     side: float = Field(512.0, gt=0, description="side of a ROI, µm")
     mpp: float = Field(0.25, gt=0.05, lt=10, description="µm per pixel of the ROIs")
     sampling: Literal["grid", "dense"] = Field(
@@ -60,13 +52,15 @@ class Rois(Config):
     shard_mb: int = Field(256, gt=0, description="size at which a shard is closed, MiB")
     group: int = Field(64, gt=0, description="slides that are mixed together, at most")
     types: bool = Field(True, description="write the nucleus types where the data has them")
-    seed: int = Field(0, ge=0, description="of the choice and the mixing")
-    workers: int = Field(2, ge=0, description="processes over slides; 0: this one")
 
     @property
     def pixels(self) -> int:
         """Side of a ROI in px."""
         return round(self.side / self.mpp)
+
+
+class Rois(RoiSettings, Where):
+    """ROI shards from slides and their nuclei, or from a folder of images with nuclei."""
 
 
 def run(cfg: Rois) -> Path:

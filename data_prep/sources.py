@@ -21,6 +21,21 @@ Layout = Literal["auto", "slides", "brcam2c", "folder"]
 Split = Literal["train", "val", "test", "all"]
 
 
+class Where(Config):
+    """What a job over slides reads and where it writes."""
+
+    data: Path = Field(
+        description="folder of prep nuclei, or of images and nuclei (docs/formats.md has layouts)"
+    )
+    out: Path = Field(
+        description="folder of the shards; the same words go on, new slides are added"
+    )
+    layout: Layout = Field("auto", description="how the data folder is laid out")
+    split: Split = Field("train", description="which images are used, where the folder has a split")
+    seed: int = Field(0, ge=0, description="of the choice and the mixing")
+    workers: int = Field(2, ge=0, description="processes over slides; 0: this one")
+
+
 class Source(Config):
     """One slide or image and the table of its nuclei."""
 

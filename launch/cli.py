@@ -16,6 +16,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
         "Demo",
         "prep, pretrain, probe, export and report, in minutes on two cores",
     ),
+    "prep all": ("data_prep.chain", "Chain", "slides to checked shards: the jobs below in a row"),
     "prep manifest": ("data_prep.manifest", "Manifest", "a table of slides: size, mpp, patient"),
     "prep nuclei": ("data_prep.nuclei", "Nuclei", "nuclei of slides: read from files, or detected"),
     "prep crops": ("data_prep.crops", "Crops", "crop shards from slides, or images, with nuclei"),
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted; run the same words to go on.", 1)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _complain(f"{error.strerror or error}{where}; mend it, run the same words again.", 1)

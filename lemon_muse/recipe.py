@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from lemon_muse import distributed
 from lemon_muse.backbones import Backbone
 from lemon_muse.config import Config
-from lemon_muse.data.augment import ViewConfig
-from lemon_muse.data.shards import Index
+from lemon_muse.data.augment import ViewConfig, stored_size
+from lemon_muse.data.shards import Index, open_index
 from lemon_muse.errors import UserError
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.moco_v3 import MoCoV3Config
@@ -42,7 +42,7 @@ class Watch(Config):
 class Train(Config):
     """Pretrain a nucleus encoder on crop shards. The defaults are LEMON's recipe."""
 
-    data: Path = Field(description="folder of crop shards (from 'prep crops')")
+    data: Path = Field(description="folder of crop shards (prep crops) or ROI shards (prep rois)")
     out: Path = Field(Path("runs/train"), description="run folder; the same words continue the run")
     steps: int = Field(36600, gt=0, description="optimiser steps (LEMON: 150 M samples at 4096)")
     batch: int = Field(4096, gt=1, description="global batch: all ranks, all accumulation parts")
@@ -60,7 +60,10 @@ class Train(Config):
         "bf16", description="autocast; losses are always fp32"
     )
     shuffle_blocks: int = Field(
-        64, gt=0, description="blocks of the shards that are shuffled together"
+        64, gt=0, description="blocks (or ROIs) of the shards that are shuffled together"
+    )
+    roi_edge: Literal["drop", "reflect"] = Field(
+        "drop", description="crops from ROI shards: nuclei at a ROI's border out, or mirrored"
     )
     method: MoCoV3Config = Field(MoCoV3Config(), description="the method")
     backbone: Backbone = Field(Backbone(), description="the network")
@@ -99,6 +102,15 @@ FREE = (
     "probe",
     "name",
 )
+
+
+def open_data(cfg: Train) -> Index:
+    """The shards as the method wants them; a set of ROIs is read as crops too."""
+    index = open_index(cfg.data)
+    if index.kind == "rois":
+        size = stored_size(cfg.view, cfg.window)
+        return index.as_crops(size, edge=cfg.roi_edge)
+    return index
 
 
 def check(cfg: Train, index: Index) -> None:

@@ -19,13 +19,13 @@ from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir
 from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
 from lemon_muse.data.reader import CropBatches
-from lemon_muse.data.shards import Index, open_index
+from lemon_muse.data.shards import Index
 from lemon_muse.encoder import Encoder, save_encoder
 from lemon_muse.errors import RunError
 from lemon_muse.methods import METHODS
 from lemon_muse.methods.contract import Method
 from lemon_muse.monitor import Clock, Monitor
-from lemon_muse.recipe import FREE, Train, check, setting, shard_facts
+from lemon_muse.recipe import FREE, Train, check, open_data, setting, shard_facts
 from lemon_muse.stop import Stop
 
 Probe = Callable[[Encoder], dict[str, float]]
@@ -47,7 +47,7 @@ def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None =
         RunError: non-finite loss, collapse (if so configured), a signal to stop.
     """
     with distributed.process_group(cfg.device) as device, Stop() as stop:
-        index = open_index(cfg.data)
+        index = open_data(cfg)
         check(cfg, index)
         loop = Loop(cfg, index, device, probe)
         if distributed.rank() == 0:

@@ -120,7 +120,7 @@ class Index:
         if edge == "drop" and size > 2 * margin:
             raise UserError(
                 f"crops of {size} px do not fit into the margin of {margin} px of the ROIs in "
-                f"{self.folder}; use a smaller window, edge=reflect, or prepare ROIs with "
+                f"{self.folder}; use a smaller window, roi_edge=reflect, or prepare ROIs with "
                 f"margin={-(-size // 2)}."
             )
         if size > self.size:
