@@ -86,6 +86,27 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+@torch.no_grad()
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over ranks; `values` is overwritten where there are several."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def logsumexp_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise log of the sum over ranks of exp(values); -inf stands for a rank with nothing."""
+    if world() == 1:
+        return values
+    top = values.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    top = torch.where(top.isfinite(), top, 0.0)
+    total = (values - top).exp()
+    dist.all_reduce(total)
+    return total.log() + top
+
+
 def agree(flags: list[bool], device: torch.device) -> list[bool]:
     """True where any rank says so, the same on all ranks."""
     if world() == 1:
