@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lemon_muse.data import augment_draw
 from lemon_muse.data import augment_ops as ops
 from lemon_muse.data.augment_config import POLICIES, ViewConfig
 
@@ -71,21 +72,21 @@ def draw(
     # Rows of random numbers: 0-6 geometry, 7-12 colour, 13-14 blur, 15-17 erasing, then two boxes.
     u = torch.rand(58, n, generator=generator)
     order = torch.rand(n, 4, generator=generator).argsort(1)
-    strength = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    low = torch.maximum(neutral - strength, torch.tensor([0.0, 0.0, 0.0, -1.0]))
-    factor = low + u[7:11].T * (neutral + strength - low)
-    low_sigma, high_sigma = config.blur_sigma
-    sigma = low_sigma + u[13] * (high_sigma - low_sigma)
-    erase = ops.draw_rectangles(
+    colour = augment_draw.draw_colour(
+        u[7:15],
+        order,
+        strength=(config.brightness, config.contrast, config.saturation, config.hue),
+        jitter=config.jitter,
+        gray=config.gray,
+        blur=config.blur[0 if view == 0 else 1],
+        blur_sigma=config.blur_sigma,
+    )
+    erase = augment_draw.draw_rectangles(
         u[38:], u[15:17], scale=config.erase_scale, ratio=config.erase_ratio, side=window
     )
     return {
         "theta": _draw_theta(config, u[:7], u[18:38], stored=stored, window=window),
-        "jitter": torch.where((u[11] < config.jitter)[:, None], factor, neutral),
-        "order": order,
-        "gray": (u[12] < config.gray).float(),
-        "sigma": torch.where(u[14] < config.blur[0 if view == 0 else 1], sigma, 0.0),
+        **colour,
         "erase": erase * (u[17] < config.erase)[:, None],
     }
 
@@ -183,18 +184,16 @@ def _make(
     for start in range(0, count, chunk):
         at = slice(start, start + chunk)
         view = ops.resample(pixels[at], *(line[at] for line in lines), padding=padding)
-        view = ops.recolour(view, *(matrix[at] for matrix in colour))
-        blurred = params["sigma"][at] > 0
-        if not pixels.is_cpu:
-            # asking a device which rows these are would make the CPU wait for it
-            soft = ops.blur(view, kernels[at], basis, dtype)
-            view = torch.where(blurred[:, None, None, None], soft.float(), view)
-        elif blurred.all():
-            view = ops.blur(view, kernels[at], basis, dtype)
-        elif blurred.any():
-            view[blurred] = ops.blur(view[blurred], kernels[at][blurred], basis, dtype).float()
-        # two passes: addcmul does not vectorise over these shapes
-        torch.mul(view, norm[0], out=out[at]).add_(norm[1])
+        ops.finish(
+            view,
+            out[at],
+            colour=(colour[0][at], colour[1][at]),
+            sigma=params["sigma"][at],
+            kernels=kernels[at],
+            basis=basis,
+            norm=norm,
+            dtype=dtype,
+        )
         if config.erase > 0:
             out[at].mul_(ops.keep_mask(params["erase"][at], window))
 
@@ -210,7 +209,7 @@ def _draw_theta(
         aspect = (narrow * (wide / narrow) ** u[2]).sqrt()
         width, height = side * aspect, side / aspect
     else:
-        width, height = ops.draw_crop_sizes(boxes, scale=config.scale, ratio=config.ratio)
+        width, height = augment_draw.draw_crop_sizes(boxes, scale=config.scale, ratio=config.ratio)
     half_x = torch.where(u[3] < config.hflip, -width, width) * (window / stored)
     half_y = torch.where(u[4] < config.vflip, -height, height) * (window / stored)
     free = 0.0 if config.centred else window / stored
