@@ -22,7 +22,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "prep crops": ("data_prep.crops", "Crops", "crop shards from slides, or images, with nuclei"),
     "prep rois": ("data_prep.rois", "Rois", "ROI shards: regions with their nuclei"),
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
-    "train": ("launch.training", "Train", "pretrain a nucleus encoder on crop shards"),
+    "train": ("launch.training", "Train", "pretrain: LEMON on crops, or MUSE on ROIs"),
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
     "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),
@@ -81,14 +81,16 @@ def overview() -> str:
 
 def run_job(words: list[str]) -> int:
     """Find the job, read its words, run it."""
-    from lemon_muse.config import dump, help_text, load
+    from lemon_muse.config import dump, help_text, load, read
 
     name, rest = _split(words)
     module_name, model_name, line = JOBS[name]
     module = importlib.import_module(module_name)
     model = getattr(module, model_name)
     if "--help" in rest or "-h" in rest:
-        print(f"lemon-muse {name}: {line}\n\n{USAGE.replace('JOB', name)}\n\n{help_text(model)}")
+        given = [w for w in rest if w not in ("--help", "-h")]
+        keys = help_text(model.variant(read(model, given)))
+        print(f"lemon-muse {name}: {line}\n\n{USAGE.replace('JOB', name)}\n\n{keys}")
         return 0
     config = load(model, [w for w in rest if w != "--print-config"])
     if "--print-config" in rest:

@@ -12,7 +12,7 @@ from launch import training
 from lemon_muse.config import Config
 
 if TYPE_CHECKING:
-    from lemon_muse.recipe import Train
+    from lemon_muse.recipe import LemonTrain
 
 GENERATED_STEPS = 1200
 
@@ -81,7 +81,7 @@ def _generate(cfg: Demo) -> Path:
     return folder
 
 
-def _prepare(cfg: Demo, data: Path, recipe: "Train") -> Path:
+def _prepare(cfg: Demo, data: Path, recipe: "LemonTrain") -> Path:
     from data_prep import check, crops
     from lemon_muse.data import augment
 
@@ -102,10 +102,10 @@ def _prepare(cfg: Demo, data: Path, recipe: "Train") -> Path:
     return made
 
 
-def _recipe(cfg: Demo, data: Path, benchmark: str) -> "Train":
+def _recipe(cfg: Demo, data: Path, benchmark: str) -> "LemonTrain":
     """The training settings: the recipe file with this demo's folders."""
     from lemon_muse.config import load
-    from lemon_muse.recipe import Train
+    from lemon_muse.recipe import LemonTrain
 
     words = [
         cfg.recipe,
@@ -119,7 +119,7 @@ def _recipe(cfg: Demo, data: Path, benchmark: str) -> "Train":
     ]
     # Generated tissue is easier than real one: it needs fewer steps.
     steps = cfg.steps or (None if cfg.data else GENERATED_STEPS)
-    return load(Train, words + ([f"steps={steps}"] if steps else []))
+    return load(LemonTrain, words + ([f"steps={steps}"] if steps else []))
 
 
 def _evaluate(cfg: Demo, benchmark: str, data: Path) -> None:

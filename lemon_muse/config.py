@@ -28,6 +28,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    @classmethod
+    def variant(cls, tree: dict[str, Any]) -> type["Config"]:
+        """The model for these settings, where their kind depends on what they say."""
+        return cls
+
 
 C = TypeVar("C", bound=Config)
 
@@ -55,6 +60,11 @@ def load(model: type[C], words: list[str]) -> C:
     Raises:
         UserError: an unknown key, a value of the wrong kind, a file that is not there.
     """
+    return validate(model, read(model, words))
+
+
+def read(model: type[Config], words: list[str]) -> dict[str, Any]:
+    """The words as nested dicts; arguments and errors as for `load`."""
     tree: dict[str, Any] = {}
     for position, word in enumerate(words):
         if "=" in word and not word.endswith((".yaml", ".yml")):
@@ -67,15 +77,20 @@ def load(model: type[C], words: list[str]) -> C:
                 f"'{word}' is neither key=value nor a YAML file given first; write for example "
                 f"{_example(model)}, or --help for all keys."
             )
-    return validate(model, tree)
+    return tree
 
 
 def validate(model: type[C], tree: dict[str, Any]) -> C:
-    """Build `model` from nested dicts; a mistake is a `UserError` of one sentence."""
+    """Build `model`, or its variant for these settings, from nested dicts.
+
+    Raises:
+        UserError: a mistake, in one sentence.
+    """
+    chosen = model.variant(tree)
     try:
-        return model.model_validate(tree)
+        return chosen.model_validate(tree)  # type: ignore[return-value]
     except ValidationError as error:
-        raise UserError(_sentence(model, error)) from None
+        raise UserError(_sentence(chosen, error)) from None
 
 
 def find(name: str) -> Path:

@@ -1,16 +1,16 @@
 """The Encoder contract: a frozen network with all that is needed to use it rightly; save and load.
 
-An encoder is one folder: `config.json` (timm's layout, with our facts under `lemon_muse`),
-`model.safetensors`, `check.safetensors` (one input/output pair) and `README.md` (the model card).
-timm opens it unchanged: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+An encoder is one folder: `config.json`, `model.safetensors`, `check.safetensors` (one input/output
+pair) and `README.md` (the model card). Our facts stand in `config.json` under `lemon_muse`. Two
+kinds: `crop`, one feature a window (here), whose folder has timm's layout so that timm opens it
+unchanged (`timm.create_model("local-dir:FOLDER", pretrained=True)`), and `muse`, a dense map that
+is read at nuclei (`lemon_muse.dense`).
 """
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Union, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -19,20 +19,25 @@ from torch import nn
 from lemon_muse import __version__
 from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import RunError, UserError
+from lemon_muse.frozen import FrozenEncoder, card_text
+
+if TYPE_CHECKING:
+    from lemon_muse.dense import DenseEncoder
+
+# Largest relative difference to the stored output that counts as the same function.
+SAME = 1e-3
 
 
-class Encoder(nn.Module):
+class Encoder(FrozenEncoder):
     """Normalised crops, float [B, 3, image_size, image_size], to features, float [B, dim].
 
-    Attributes:
-        dim: width of the features.
-        image_size: side of the window, px.
-        mpp: µm per pixel of the window.
-        patch_size, num_heads: of a ViT; None for other networks.
-        mean, std: normalisation of pixels in [0, 1].
-        feature: what the feature is ('token', 'avg', …: timm's pooling).
-        name: for tables.
+    Args:
+        network: a timm model without classifier.
+        architecture, arguments: what timm builds the same network from.
+        image_size, mpp, mean, std, name: see `FrozenEncoder`.
     """
+
+    kind = "crop"
 
     def __init__(
         self,
@@ -64,17 +69,7 @@ class Encoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)
 
-    @property
-    def content_hash(self) -> str:
-        """16 hex digits over the weights and the facts that change features."""
-        digest = hashlib.sha256()
-        digest.update(json.dumps(self._facts(), sort_keys=True).encode())
-        for key, value in sorted(self.network.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes())
-        return digest.hexdigest()[:16]
-
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {
             "architecture": self.architecture,
             "arguments": self.arguments,
@@ -87,12 +82,65 @@ class Encoder(nn.Module):
             "feature": self.feature,
         }
 
+    def layout(self) -> dict[str, Any]:
+        timm_facts = getattr(self.network, "pretrained_cfg", None) or {}
+        return {
+            "architecture": self.architecture,
+            "num_classes": 0,
+            "num_features": self.dim,
+            "global_pool": self.feature,
+            "model_args": self.arguments,
+            "pretrained_cfg": {
+                "tag": "lemon_muse",
+                "custom_load": False,
+                "input_size": [3, self.image_size, self.image_size],
+                "fixed_input_size": self.patch_size is not None,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+                "mean": list(self.mean),
+                "std": list(self.std),
+                "num_classes": 0,
+                "pool_size": None,
+                "first_conv": timm_facts.get("first_conv"),
+                "classifier": timm_facts.get("classifier"),
+            },
+        }
 
-def save_encoder(encoder: Encoder, folder: Path, *, card: dict[str, Any] | None = None) -> Path:
+    def check_input(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        size = (2, 3, self.image_size, self.image_size)
+        return {"input": torch.randn(size, generator=generator)}
+
+    def check_output(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"output": self(given["input"])}
+
+    def describe(self) -> list[str]:
+        return [
+            f"- input: RGB window of {self.image_size} × {self.image_size} px at {self.mpp} "
+            f"µm/px around a nucleus; values in [0, 1], then mean {list(self.mean)}, "
+            f"std {list(self.std)}",
+            f"- output: {self.dim} features ({self.feature})",
+            f"- network: timm `{self.architecture}` with {json.dumps(self.arguments)}",
+            f"- content hash: {self.content_hash}; written by lemon_muse {__version__}",
+            "",
+            "```python",
+            "import timm",
+            'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
+            "```",
+            "",
+            "Do not resize crops to the window: cut the window at the mpp above.",
+            "",
+        ]
+
+
+def save_encoder(
+    encoder: FrozenEncoder, folder: Path, *, card: dict[str, Any] | None = None
+) -> Path:
     """Write the encoder's folder; each file appears whole, `config.json` last.
 
     Args:
-        encoder: in any mode and on any device; its weights are stored as float32.
+        encoder: of either kind, in any mode and on any device; its weights are stored as float32.
         folder: made if missing.
         card: what the model card says beside the facts: data, recipe, scores (str -> str or dict).
 
@@ -109,30 +157,11 @@ def save_encoder(encoder: Encoder, folder: Path, *, card: dict[str, Any] | None 
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise RunError(f"the encoder has non-finite weights in {bad[0]}; it is not written.")
-    network_config = getattr(encoder.network, "pretrained_cfg", None) or {}
     config = {
-        "architecture": encoder.architecture,
-        "num_classes": 0,
-        "num_features": encoder.dim,
-        "global_pool": encoder.feature,
-        "model_args": encoder.arguments,
-        "pretrained_cfg": {
-            "tag": "lemon_muse",
-            "custom_load": False,
-            "input_size": [3, encoder.image_size, encoder.image_size],
-            "fixed_input_size": encoder.patch_size is not None,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(encoder.mean),
-            "std": list(encoder.std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": network_config.get("first_conv"),
-            "classifier": network_config.get("classifier"),
-        },
+        **encoder.layout(),
         "lemon_muse": {
-            **encoder._facts(),
+            "kind": encoder.kind,
+            **encoder.facts(),
             "name": encoder.name,
             "dim": encoder.dim,
             "content_hash": encoder.content_hash,
@@ -140,25 +169,27 @@ def save_encoder(encoder: Encoder, folder: Path, *, card: dict[str, Any] | None 
         },
     }
     write_atomic(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
-    write_atomic(folder / "check.safetensors", save(_check_pair(encoder)))
-    write_atomic(folder / "README.md", _card(encoder, card or {}).encode())
+    write_atomic(folder / "check.safetensors", save(encoder.check_pair()))
+    write_atomic(folder / "README.md", card_text(encoder, card or {}).encode())
     write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
     return folder
 
 
-def load(path: Path | str, *, check: bool = True) -> Encoder:
-    """Open an encoder folder, in evaluation mode, on the CPU.
+def load(path: Path | str, *, check: bool = True) -> Union[Encoder, "DenseEncoder"]:
+    """Open an encoder, in evaluation mode, on the CPU.
 
     Args:
-        path: the folder, or a run folder that holds `encoder/`.
+        path: the folder, a run folder that holds `encoder/`, or a released MUSE file (.pth).
         check: compare the stored input/output pair (relative difference < 1e-3).
 
     Raises:
         UserError: not an encoder folder, weights that do not fit, or another function than saved.
     """
-    import timm
-
     folder = Path(path)
+    if folder.is_file():
+        from lemon_muse.dense import from_released_file
+
+        return from_released_file(folder)
     if not (folder / "config.json").is_file() and (folder / "encoder" / "config.json").is_file():
         folder = folder / "encoder"
     if not (folder / "config.json").is_file():
@@ -168,14 +199,40 @@ def load(path: Path | str, *, check: bool = True) -> Encoder:
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        facts = config["lemon_muse"]
-        state = load_file(folder / "model.safetensors")
-        network = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
-        network.load_state_dict(state)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        encoder = _build(config, load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).split("\n")[0]
         raise UserError(f"the encoder in {folder} cannot be loaded: {first}.") from None
-    encoder = Encoder(
+    encoder.eval().requires_grad_(False)
+    if check and (folder / "check.safetensors").is_file():
+        pair = load_file(folder / "check.safetensors")
+        apart = _apart(encoder, pair)
+        if not apart < SAME:
+            raise UserError(
+                f"the encoder in {folder} does not give the output that was saved with it "
+                f"(relative difference {apart:.2g}): the weights or the timm version differ from "
+                f"the writer's."
+            )
+    return encoder
+
+
+def _build(
+    config: dict[str, Any], state: dict[str, torch.Tensor]
+) -> Union[Encoder, "DenseEncoder"]:
+    """The encoder that a config.json describes; folders without a kind are older crop encoders."""
+    facts = config["lemon_muse"]
+    kind = facts.get("kind", "crop")
+    if kind == "muse":
+        from lemon_muse.dense import from_facts
+
+        return from_facts(facts, state)
+    if kind != "crop":
+        raise ValueError(f"kind '{kind}' is not known to lemon_muse {__version__}")
+    import timm
+
+    network = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    network.load_state_dict(state)
+    return Encoder(
         network,
         architecture=config["architecture"],
         arguments=config["model_args"],
@@ -185,63 +242,12 @@ def load(path: Path | str, *, check: bool = True) -> Encoder:
         std=tuple(facts["std"]),
         name=facts["name"],
     )
-    encoder.eval().requires_grad_(False)
-    if check and (folder / "check.safetensors").is_file():
-        pair = load_file(folder / "check.safetensors")
-        with torch.inference_mode():
-            got = encoder(pair["input"])
-        apart = float((got - pair["output"]).norm() / pair["output"].norm().clamp_min(1e-12))
-        if not apart < 1e-3:
-            raise UserError(
-                f"the encoder in {folder} does not give the output that was saved with it "
-                f"(relative difference {apart:.2g}): the weights or the timm version differ from "
-                f"the writer's."
-            )
-    return encoder
 
 
 @torch.inference_mode()
-def _check_pair(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """One input and its output, float32 on the CPU, in evaluation mode."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, encoder.image_size, encoder.image_size, generator=generator)
-    parameter = next(encoder.parameters())
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        output = encoder(images.to(parameter.device, parameter.dtype)).float().cpu()
-    finally:
-        encoder.train(was_training)
-    return {"input": images, "output": output.contiguous()}
-
-
-def _card(encoder: Encoder, card: dict[str, Any]) -> str:
-    """The model card."""
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [pathology, histology, nucleus, self-supervised]",
-        "---",
-        f"# {encoder.name}",
-        "",
-        "A nucleus encoder for H&E, pretrained without labels by lemon_muse.",
-        "",
-        f"- input: RGB window of {encoder.image_size} × {encoder.image_size} px at {encoder.mpp} "
-        f"µm/px around a nucleus; values in [0, 1], then mean {list(encoder.mean)}, "
-        f"std {list(encoder.std)}",
-        f"- output: {encoder.dim} features ({encoder.feature})",
-        f"- network: timm `{encoder.architecture}` with {json.dumps(encoder.arguments)}",
-        f"- content hash: {encoder.content_hash}; written by lemon_muse {__version__}",
-        "",
-        "```python",
-        "import timm",
-        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
-        "```",
-        "",
-        "Do not resize crops to the window: cut the window at the mpp above.",
-        "",
-    ]
-    for title, body in card.items():
-        text = body if isinstance(body, str) else f"```json\n{json.dumps(body, indent=1)}\n```"
-        lines += [f"## {title}", "", text, ""]
-    return "\n".join(lines)
+def _apart(encoder: FrozenEncoder, pair: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference between the stored outputs and those of now."""
+    found = encoder.check_output(pair)
+    parts = [(v - pair[k]).norm() / pair[k].norm().clamp_min(1e-12) for k, v in found.items()]
+    # Unlike max(), this keeps a NaN.
+    return float(torch.stack(parts).max())

@@ -14,10 +14,10 @@ PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "V100": 125
 
 
 def of_step(method: Method, batch: dict[str, Any]) -> float:
-    """FLOPs a crop of forward and backward (matrix products, convolutions), counted on a copy."""
+    """FLOPs a sample of forward and backward (matrix products, convolutions), on a copy."""
     rows = min(4, len(batch["pixels"]))
     small = {
-        "pixels": batch["pixels"][:rows],
+        **{k: v[:rows] for k, v in batch.items() if k != "views"},
         "views": [{k: v[:rows] for k, v in view.items()} for view in batch["views"]],
     }
     twin = copy.deepcopy(method)

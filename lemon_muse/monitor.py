@@ -53,7 +53,8 @@ class Monitor:
         shown = {
             k: v
             for k, v in line.items()
-            if k in ("loss", "crops_per_s", "data_wait", "effective_rank") or k.startswith("probe/")
+            if k in ("loss", "crops_per_s", "rois_per_s", "data_wait", "effective_rank")
+            or k.startswith("probe/")
         }
         if self.terminal:
             self.bar.set_postfix({k.removeprefix("probe/"): v for k, v in shown.items()})
@@ -103,9 +104,9 @@ class Clock:
         self.crops += crops
         self.mark = now
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, unit: str = "crops_per_s") -> dict[str, float]:
         total = max(self.waited + self.busy, 1e-9)
-        return {"crops_per_s": self.crops / total, "data_wait": self.waited / total}
+        return {unit: self.crops / total, "data_wait": self.waited / total}
 
 
 def _drop_from(path: Path, first: int) -> None:

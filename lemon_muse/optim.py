@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from lemon_muse.config import Config
-from lemon_muse.schedules import warmup_cosine
+from lemon_muse.schedules import cosine, warmup_cosine
 
 
 class Optim(Config):
@@ -26,6 +26,9 @@ class Optim(Config):
         description="share of the steps with linearly rising rate (20 of 150 epochs)",
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on every tensor")
+    end_weight_decay: float | None = Field(
+        None, ge=0, description="weight decay at the last step, along a cosine; none = constant"
+    )
     decay_norms: bool = Field(
         True, description="also decay biases and norm gains, as the MoCo v3 reference does"
     )
@@ -43,6 +46,12 @@ class Optim(Config):
             peak=self.lr * scale,
             end=self.end_lr * scale,
         )
+
+    def decay(self, step: int, steps: int) -> float:
+        """Weight decay at a step."""
+        if self.end_weight_decay is None:
+            return self.weight_decay
+        return cosine(step, steps, start=self.weight_decay, end=self.end_weight_decay)
 
 
 def build(groups: list[dict[str, Any]], settings: Optim) -> torch.optim.Optimizer:

@@ -1,4 +1,8 @@
-"""The settings of a training run and what they must satisfy; their defaults are LEMON's recipe."""
+"""The settings of a training run and what they must satisfy.
+
+What every method shares is in `Train`; `LemonTrain` is LEMON's recipe and the default,
+`recipe_muse.MuseTrain` is MUSE's. `method.name` decides which of them a run's words make.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +15,7 @@ from lemon_muse.config import Config
 from lemon_muse.data.augment import ViewConfig, stored_size
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.errors import UserError
-from lemon_muse.methods.contract import Setting
+from lemon_muse.methods.contract import MethodConfig, Setting
 from lemon_muse.methods.moco_v3 import MoCoV3Config
 from lemon_muse.optim import Optim
 
@@ -20,6 +24,7 @@ NORMS = {
     "lemon": ((0.5626309, 0.3856308, 0.5453570), (0.1810322, 0.1668266, 0.1369456)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+Normalise = Literal["shards", "lemon", "imagenet"]
 
 
 class ProbeSettings(Config):
@@ -28,6 +33,12 @@ class ProbeSettings(Config):
     benchmark: str | None = Field(None, description="name of the benchmark; none = no online probe")
     root: Path | None = Field(None, description="its folder")
     every: int = Field(500, gt=0, description="steps between two probes")
+    window: int | None = Field(
+        None, gt=0, description="MUSE: window that is probed, px; none = the global views' size"
+    )
+    mpp: float | None = Field(
+        None, gt=0, description="MUSE: µm per pixel of it; none = the coarsest of the views"
+    )
 
 
 class Watch(Config):
@@ -40,20 +51,15 @@ class Watch(Config):
 
 
 class Train(Config):
-    """Pretrain a nucleus encoder on crop shards. The defaults are LEMON's recipe."""
+    """What all methods share; see `variant`."""
 
-    data: Path = Field(description="folder of crop shards (prep crops) or ROI shards (prep rois)")
+    data: Path = Field(description="folder of shards, from prep crops or prep rois")
     out: Path = Field(Path("runs/train"), description="run folder; the same words continue the run")
-    steps: int = Field(36600, gt=0, description="optimiser steps (LEMON: 150 M samples at 4096)")
-    batch: int = Field(4096, gt=1, description="global batch: all ranks, all accumulation parts")
-    accumulate: int = Field(
-        1, gt=0, description="parts that a rank's batch is split into; negatives come from one part"
-    )
-    window: int = Field(
-        40, gt=0, description="side of the window the network sees, px of the shards"
-    )
-    normalise: Literal["shards", "lemon", "imagenet"] = Field(
-        "shards", description="mean and std: of these shards, LEMON's released ones, ImageNet's"
+    steps: int = Field(gt=0, description="optimiser steps")
+    batch: int = Field(gt=1, description="global batch: all ranks, all accumulation parts")
+    accumulate: int = Field(1, gt=0, description="parts that a rank's batch is split into")
+    normalise: Normalise = Field(
+        description="mean and std: of these shards, LEMON's released ones, ImageNet's"
     )
     seed: int = Field(0, ge=0, description="of weights, order and views")
     precision: Literal["bf16", "fp32"] = Field(
@@ -62,13 +68,10 @@ class Train(Config):
     shuffle_blocks: int = Field(
         64, gt=0, description="blocks (or ROIs) of the shards that are shuffled together"
     )
-    roi_edge: Literal["drop", "reflect"] = Field(
-        "drop", description="crops from ROI shards: nuclei at a ROI's border out, or mirrored"
-    )
-    method: MoCoV3Config = Field(MoCoV3Config(), description="the method")
-    backbone: Backbone = Field(Backbone(), description="the network")
-    view: ViewConfig = Field(ViewConfig(), description="augmentation")
-    optim: Optim = Field(Optim(), description="optimiser")
+    method: MethodConfig = Field(description="the method")
+    backbone: Config = Field(description="the network")
+    view: Config = Field(description="augmentation")
+    optim: Optim = Field(description="optimiser")
     probe: ProbeSettings = Field(ProbeSettings(), description="online probe")
     watch: Watch = Field(Watch(), description="logging")
     save_every: int = Field(500, gt=0, description="steps between two checkpoints")
@@ -77,6 +80,18 @@ class Train(Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     compile: bool = Field(False, description="torch.compile the networks (pays on long GPU runs)")
     name: str = Field("encoder", description="name of the exported encoder, for tables")
+
+    @classmethod
+    def variant(cls, tree: dict[str, Any]) -> type["Train"]:
+        """The settings of the method that these words name; LEMON's where they name none."""
+        if cls is not Train:
+            return cls
+        method = tree.get("method")
+        if isinstance(method, dict) and method.get("name") == "muse":
+            from lemon_muse.recipe_muse import MuseTrain
+
+            return MuseTrain
+        return LemonTrain
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
@@ -87,6 +102,107 @@ class Train(Config):
         if self.probe.benchmark and not self.probe.root:
             raise ValueError("probe.benchmark needs probe.root=FOLDER, the benchmark's folder.")
         return self
+
+    def open_data(self) -> Index:
+        """The shards, as the method reads them."""
+        raise NotImplementedError
+
+    def check(self, index: Index) -> None:
+        """Mistakes that would only show after minutes."""
+        world = distributed.world()
+        samples, what = self.samples(index)
+        if samples < self.batch:
+            raise UserError(
+                f"{self.data} holds {samples} {what}, fewer than batch={self.batch}; "
+                f"set batch={2 ** max(1, samples.bit_length() - 1)} or smaller, or prepare more "
+                f"data."
+            )
+        if self.batch % (world * self.accumulate):
+            raise UserError(
+                f"batch={self.batch} is not divisible by ranks × accumulate = {world} × "
+                f"{self.accumulate}."
+            )
+        if self.batch // (world * self.accumulate) < 2:
+            raise UserError(
+                f"fewer than 2 {what} per rank and part: batch norm needs more; raise batch=."
+            )
+
+    def samples(self, index: Index) -> tuple[int, str]:
+        """What a batch is made of: how many there are, and what they are called."""
+        return index.count, "nuclei"
+
+    def setting(self, index: Index) -> Setting:
+        """What the method is told, from the settings and the shards."""
+        mean, std = _three(index.header["mean"]), _three(index.header["std"])
+        if self.normalise != "shards":
+            mean, std = NORMS[self.normalise]
+        return self.told({"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std})
+
+    def setting_again(self, facts: dict[str, Any]) -> Setting:
+        """The setting of a run, from its settings and `shard_facts`."""
+        return self.told({**facts, "mean": _three(facts["mean"]), "std": _three(facts["std"])})
+
+    def told(self, facts: dict[str, Any]) -> Setting:
+        """What the method is told, with these facts of the shards."""
+        return Setting(
+            steps=self.steps,
+            batch=self.batch // self.accumulate,
+            window=self.window_px,
+            seed=self.seed,
+            view=self.view,
+            backbone=self.backbone,
+            **facts,
+        )
+
+    @property
+    def window_px(self) -> int:
+        """Side of what the network sees, px."""
+        raise NotImplementedError
+
+
+class LemonTrain(Train):
+    """Pretrain a nucleus encoder on crops (method.name=moco_v3). The defaults are LEMON's recipe.
+
+    With method.name=muse the keys are MUSE's: lemon-muse train method.name=muse --help
+    """
+
+    steps: int = Field(36600, gt=0, description="optimiser steps (LEMON: 150 M samples at 4096)")
+    batch: int = Field(4096, gt=1, description="global batch: all ranks, all accumulation parts")
+    accumulate: int = Field(
+        1, gt=0, description="parts that a rank's batch is split into; negatives come from one part"
+    )
+    normalise: Normalise = Field(
+        "shards", description="mean and std: of these shards, LEMON's released ones, ImageNet's"
+    )
+    method: MoCoV3Config = Field(MoCoV3Config(), description="the method")
+    backbone: Backbone = Field(Backbone(), description="the network")
+    view: ViewConfig = Field(ViewConfig(), description="augmentation")
+    optim: Optim = Field(Optim(), description="optimiser")
+    window: int = Field(
+        40, gt=0, description="side of the window the network sees, px of the shards"
+    )
+    roi_edge: Literal["drop", "reflect"] = Field(
+        "drop", description="crops from ROI shards: nuclei at a ROI's border out, or mirrored"
+    )
+
+    def open_data(self) -> Index:
+        """The shards; a set of ROIs is read as crops."""
+        index = open_index(self.data)
+        if index.kind == "rois":
+            return index.as_crops(stored_size(self.view, self.window), edge=self.roi_edge)
+        return index
+
+    def check(self, index: Index) -> None:
+        super().check(index)
+        if self.window > index.size:
+            raise UserError(
+                f"window={self.window} px is larger than the stored crops of {index.size} px; "
+                f"set window={index.size} or prepare crops with size={self.window} or more."
+            )
+
+    @property
+    def window_px(self) -> int:
+        return self.window
 
 
 # What may change when a run is continued: nothing that has a part in the result.
@@ -104,67 +220,9 @@ FREE = (
 )
 
 
-def open_data(cfg: Train) -> Index:
-    """The shards as the method wants them; a set of ROIs is read as crops too."""
-    index = open_index(cfg.data)
-    if index.kind == "rois":
-        size = stored_size(cfg.view, cfg.window)
-        return index.as_crops(size, edge=cfg.roi_edge)
-    return index
-
-
-def check(cfg: Train, index: Index) -> None:
-    """Mistakes that would only show after minutes."""
-    world = distributed.world()
-    if index.count < cfg.batch:
-        raise UserError(
-            f"{cfg.data} holds {index.count} nuclei, fewer than batch={cfg.batch}; "
-            f"set batch={2 ** (index.count.bit_length() - 1)} or smaller, or prepare more data."
-        )
-    if cfg.window > index.size:
-        raise UserError(
-            f"window={cfg.window} px is larger than the stored crops of {index.size} px; "
-            f"set window={index.size} or prepare crops with size={cfg.window} or more."
-        )
-    if cfg.batch % (world * cfg.accumulate):
-        raise UserError(
-            f"batch={cfg.batch} is not divisible by ranks × accumulate = {world} × "
-            f"{cfg.accumulate}."
-        )
-    if cfg.batch // (world * cfg.accumulate) < 2:
-        raise UserError(
-            "fewer than 2 crops per rank and part: batch norm needs more; raise batch=."
-        )
-
-
-def setting(cfg: Train, index: Index) -> Setting:
-    """What the method is told, from the settings and the shards."""
-    mean, std = _three(index.header["mean"]), _three(index.header["std"])
-    if cfg.normalise != "shards":
-        mean, std = NORMS[cfg.normalise]
-    return _setting(cfg, {"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std})
-
-
 def shard_facts(told: Setting) -> dict[str, Any]:
     """What a checkpoint keeps of the shards, so that it can be opened without them."""
     return {"stored": told.stored, "mpp": told.mpp, "mean": told.mean, "std": told.std}
-
-
-def setting_again(cfg: Train, facts: dict[str, Any]) -> Setting:
-    """The setting of a run, from its settings and `shard_facts`."""
-    return _setting(cfg, {**facts, "mean": _three(facts["mean"]), "std": _three(facts["std"])})
-
-
-def _setting(cfg: Train, facts: dict[str, Any]) -> Setting:
-    return Setting(
-        steps=cfg.steps,
-        batch=cfg.batch // cfg.accumulate,
-        window=cfg.window,
-        seed=cfg.seed,
-        view=cfg.view,
-        backbone=cfg.backbone,
-        **facts,
-    )
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:

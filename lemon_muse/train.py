@@ -18,17 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir
 from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
-from lemon_muse.data.reader import CropBatches
+from lemon_muse.data.reader import Batches, CropBatches
+from lemon_muse.data.rois import RoiBatches
 from lemon_muse.data.shards import Index
-from lemon_muse.encoder import Encoder, save_encoder
+from lemon_muse.encoder import save_encoder
 from lemon_muse.errors import RunError
 from lemon_muse.methods import METHODS
 from lemon_muse.methods.contract import Method
 from lemon_muse.monitor import Clock, Monitor
-from lemon_muse.recipe import FREE, Train, check, open_data, setting, shard_facts
+from lemon_muse.recipe import FREE, Train, shard_facts
 from lemon_muse.stop import Stop
 
-Probe = Callable[[Encoder], dict[str, float]]
+Probe = Callable[[Any], dict[str, float]]
 
 
 def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None = None) -> Path:
@@ -47,8 +48,8 @@ def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None =
         RunError: non-finite loss, collapse (if so configured), a signal to stop.
     """
     with distributed.process_group(cfg.device) as device, Stop() as stop:
-        index = open_data(cfg)
-        check(cfg, index)
+        index = cfg.open_data()
+        cfg.check(index)
         loop = Loop(cfg, index, device, probe)
         if distributed.rank() == 0:
             rundir.open_run(cfg.out, cfg, free=FREE)
@@ -66,13 +67,14 @@ class Loop:
 
     def __init__(self, cfg: Train, index: Index, device: torch.device, probe: Probe | None) -> None:
         self.cfg, self.index, self.device, self.probe = cfg, index, device, probe
-        self.step, self.setting = 0, setting(cfg, index)
+        self.step, self.setting = 0, cfg.setting(index)
         method = METHODS[cfg.method.name][1](cfg.method, self.setting)
         synced = distributed.sync_batch_norm(method, device).to(device)
         # Convolutions run faster on both CPUs and tensor cores; other tensors are not concerned.
         self.method: Method = synced.to(memory_format=torch.channels_last)  # type: ignore[assignment, call-overload]
         self.optimiser = optim.build(self.method.param_groups(), cfg.optim)
-        self.batches = CropBatches(
+        batches = RoiBatches if method.reads == "rois" else CropBatches
+        self.batches: Batches = batches(
             index,
             seed=cfg.seed,
             batch=cfg.batch,
@@ -85,10 +87,14 @@ class Loop:
         if device.type == "cpu" and self.dtype == torch.bfloat16:
             use_plain_attention(self.method)
         self.flops, self.peak, self.ending = 0.0, 1.0, False
+        self.unit = f"{method.reads}_per_s"
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
         found = checkpoint.load_newest(self.cfg.out / "checkpoints")
+        start = getattr(self.cfg, "init", None)
+        if found is None and start is not None:
+            self.method.start_from(start)  # type: ignore[operator]
         if found is not None:
             self.step, state = found
             self.method.load_state_dict(state["method"])
@@ -164,11 +170,14 @@ class Loop:
         cfg, step = self.cfg, self.step
         # Whatever draws from the global generators (drop-path) is a function of the step as well.
         torch.manual_seed(_mix(cfg.seed, step, distributed.rank()))
-        rate = cfg.optim.rate(step, cfg.steps, cfg.batch)
+        rate, decay = cfg.optim.rate(step, cfg.steps, cfg.batch), cfg.optim.decay(step, cfg.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+            if group["weight_decay"]:
+                group["weight_decay"] = decay
         self.method.train()
         loss = torch.zeros((), device=self.device)
+        scalars: dict[str, torch.Tensor] = {}
         for number, micro in enumerate(self._parts(batch)):
             last = number == cfg.accumulate - 1
             quiet = nullcontext() if last or distributed.world() == 1 else runner.no_sync()  # type: ignore[attr-defined]
@@ -179,32 +188,41 @@ class Loop:
                     out = runner(micro, step)
                 (out["loss"] / cfg.accumulate).backward()
             loss += out["loss"].detach().float() / cfg.accumulate
+            for key in out.keys() - {"loss", "features"}:
+                part_of = out[key].detach().float() / cfg.accumulate
+                scalars[key] = scalars[key] + part_of if key in scalars else part_of
         bad, signalled = distributed.agree([not bool(loss.isfinite()), stop.wanted], self.device)
         if bad:
             self._not_finite(loss, batch)
         norm = self._clip()
+        self.method.before_step(step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         logged = self.method.after_step(step)
         self.features = out["features"]
-        self.loss = distributed.mean_over_ranks(loss.clone())
+        names = sorted(scalars)
+        means = distributed.mean_over_ranks(torch.stack([loss, *(scalars[k] for k in names)]))
+        self.loss, self.scalars = means[0], dict(zip(names, means[1:].unbind(), strict=True))
         self.ending = signalled
         return {"lr": rate, **logged, **norm}
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The rank's batch on the device, with its rows of the views, in accumulation parts."""
         cfg, world = self.cfg, distributed.world()
-        pixels = torch.from_numpy(batch["pixels"])
+        mine = {k: torch.from_numpy(v) for k, v in batch.items() if k != "samples"}
         if self.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+            mine["pixels"] = mine["pixels"].pin_memory().to(self.device, non_blocking=True)
         generator = torch.Generator().manual_seed(_mix(cfg.seed, self.step, 1 << 20))
         views = self.method.draw(cfg.batch, generator)
         rows = part(cfg.batch, distributed.rank(), world)
-        mine = [{k: v[rows] for k, v in view.items()} for view in views]
-        each = len(pixels) // cfg.accumulate
+        views = [{k: v[rows] for k, v in view.items()} for view in views]
+        each = len(mine["pixels"]) // cfg.accumulate
         cuts = [slice(i * each, (i + 1) * each) for i in range(cfg.accumulate)]
         return [
-            {"pixels": pixels[c], "views": [{k: v[c] for k, v in view.items()} for view in mine]}
+            {
+                **{k: v[c] for k, v in mine.items()},
+                "views": [{k: v[c] for k, v in view.items()} for view in views],
+            }
             for c in cuts
         ]
 
@@ -240,9 +258,11 @@ class Loop:
             return
         loss, chance = float(self.loss), self.method.chance()
         health = collapse.measure(self.features)
-        values = {"loss": loss, "chance": chance, **values, **health, **clock.rates()}
+        scalars = {k: float(v) for k, v in self.scalars.items()}
+        rates = clock.rates(self.unit)
+        values = {"loss": loss, "chance": chance, **scalars, **values, **health, **rates}
         if self.flops:
-            values["mfu"] = values["crops_per_s"] * self.flops / self.peak / distributed.world()
+            values["mfu"] = rates[self.unit] * self.flops / self.peak / distributed.world()
         if probed and distributed.rank() == 0:
             assert self.probe is not None
             encoder = self.method.encoder()
@@ -252,9 +272,11 @@ class Loop:
             encoder.train(was_training)
         self.monitor.log(self.step, values)
         clock.reset()
-        self._judge(health, loss, chance)
+        self._judge(health, scalars, loss, chance)
 
-    def _judge(self, health: dict[str, float], loss: float, chance: float) -> None:
+    def _judge(
+        self, health: dict[str, float], scalars: dict[str, float], loss: float, chance: float
+    ) -> None:
         if self.cfg.watch.collapse == "off":
             return
         sentence = collapse.diagnose(
@@ -264,7 +286,7 @@ class Loop:
             step=self.step,
             steps=self.cfg.steps,
             dim=self.features.shape[1],
-        )
+        ) or self.method.judge(scalars)
         hit = distributed.agree([sentence is not None], self.device)[0]
         if hit and self.cfg.watch.collapse == "stop":
             self.save()
@@ -281,7 +303,7 @@ class Loop:
             about = {
                 "Recipe": self.cfg.model_dump(mode="json"),
                 "Data": f"{self.index.count} nuclei of {len(self.index.header['slides'])} slides, "
-                f"{self.cfg.steps} steps of {self.cfg.batch} crops.",
+                f"{self.cfg.steps} steps of {self.cfg.batch} {self.method.reads}.",
                 "Code": f"lemon_muse {rundir.__version__}, git {rundir.git_state()}",
                 **card,
             }

@@ -60,7 +60,7 @@ class BlockReader:
             raise RunError(f"the metadata of block {block} is not readable ({error}).") from None
 
     def describe(self, samples: np.ndarray) -> list[str]:
-        """'slide (x, y)' of global sample numbers: for messages."""
+        """'slide (x, y)' of the samples of a batch: for messages."""
         blocks, rows = self.index.locate(np.asarray(samples))
         out = []
         for block, row in zip(blocks, rows, strict=True):
@@ -108,6 +108,13 @@ class RoiReader(BlockReader):
     def _decode(self, payload: np.ndarray, block: int) -> np.ndarray:
         return decode_image(payload)
 
+    def describe(self, samples: np.ndarray) -> list[str]:
+        out = []
+        for block in np.asarray(samples).tolist():
+            c = self.columns(block)
+            out.append(f"{c['slide'][0]} (ROI at {c['left'][0]:.0f}, {c['top'][0]:.0f})")
+        return out
+
 
 class RoiCropReader(RoiReader):
     """The nuclei of ROIs as blocks of crops; `index` is from `Index.as_crops`."""
@@ -117,6 +124,9 @@ class RoiCropReader(RoiReader):
         count = int(self.index.blocks[block]["count"])
         centres = np.stack([nuclei["x"], nuclei["y"]], 1)[:count]
         return geometry.crop(decode_image(payload), centres, size=self.index.size)[0]
+
+    def describe(self, samples: np.ndarray) -> list[str]:
+        return BlockReader.describe(self, samples)
 
     def columns(self, block: int) -> dict[str, np.ndarray]:
         """As those of a block of crops: x and y in px of the slide."""
@@ -143,7 +153,38 @@ def open_reader(index: Index) -> BlockReader:
     return RoiCropReader(index) if "roi" in index.header else RoiReader(index)
 
 
-class CropBatches:
+class Batches:
+    """Batches of the steps of a run, for one rank, prepared ahead in threads."""
+
+    reader: BlockReader
+    workers: int
+
+    def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
+        """This rank's part of the batch of a step; with `pool`, its threads read."""
+        raise NotImplementedError
+
+    def iterate(self, start: int, stop: int, *, depth: int = 3) -> Iterator[dict[str, Any]]:
+        """Batches of the steps [start, stop), `depth` of them prepared ahead."""
+        if self.workers == 0:
+            for step in range(start, stop):
+                yield self.batch_at(step)
+            return
+        with (
+            ThreadPoolExecutor(self.workers, "read") as readers,
+            ThreadPoolExecutor(1, "batch") as maker,
+        ):
+            ahead: list[Future[dict[str, Any]]] = []
+            try:
+                for step in range(start, stop):
+                    while len(ahead) < depth and step + len(ahead) < stop:
+                        ahead.append(maker.submit(self.batch_at, step + len(ahead), readers))
+                    yield ahead.pop(0).result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+
+class CropBatches(Batches):
     """Iterate over a rank's part of the batches, from any step, read ahead in threads.
 
     Args:
@@ -186,26 +227,6 @@ class CropBatches:
             # mode="clip": with the default, numpy goes through a buffer of its own.
             np.take(blocks[int(b)], row[here], axis=0, out=pixels[here], mode="clip")
         return {"pixels": pixels, "samples": self.index.starts[block] + row}
-
-    def iterate(self, start: int, stop: int, *, depth: int = 3) -> Iterator[dict[str, Any]]:
-        """Batches of the steps [start, stop), `depth` of them prepared ahead."""
-        if self.workers == 0:
-            for step in range(start, stop):
-                yield self.batch_at(step)
-            return
-        with (
-            ThreadPoolExecutor(self.workers, "read") as readers,
-            ThreadPoolExecutor(1, "batch") as maker,
-        ):
-            ahead: list[Future[dict[str, Any]]] = []
-            try:
-                for step in range(start, stop):
-                    while len(ahead) < depth and step + len(ahead) < stop:
-                        ahead.append(maker.submit(self.batch_at, step + len(ahead), readers))
-                    yield ahead.pop(0).result()
-            finally:
-                for future in ahead:
-                    future.cancel()
 
     def _fetch(self, needed: np.ndarray, pool: ThreadPoolExecutor | None) -> dict[int, np.ndarray]:
         """The needed blocks; those of the step before that are no longer needed are let go."""

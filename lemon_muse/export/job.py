@@ -14,12 +14,18 @@ from lemon_muse.errors import RunError, UserError
 class Export(Config):
     """Export an encoder; its features are compared with the source's before it counts as done."""
 
-    run: Path | None = Field(None, description="run folder or encoder folder")
+    run: Path | None = Field(
+        None, description="run folder, encoder folder or released MUSE file (.pth)"
+    )
     checkpoint: Path | None = Field(None, description="a checkpoint file of a run, instead of run=")
     network: Literal["recipe", "query", "momentum"] = Field(
         "recipe", description="with checkpoint=: which of the two encoders; recipe = as configured"
     )
-    format: Literal["timm"] = Field("timm", description="target format")
+    format: Literal["timm", "muse"] = Field(
+        "timm",
+        description="timm: a folder for timm (of a MUSE network, its encoder); muse: the released "
+        "MUSE files, with the decoder",
+    )
     out: Path = Field(description="folder to write")
 
     @model_validator(mode="after")
@@ -57,7 +63,7 @@ def _of_checkpoint(path: Path, network: str) -> tuple[Any, dict[str, Any]]:
 
     from lemon_muse.config import validate
     from lemon_muse.methods import METHODS
-    from lemon_muse.recipe import Train, setting_again
+    from lemon_muse.recipe import Train
 
     try:
         state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
@@ -72,7 +78,7 @@ def _of_checkpoint(path: Path, network: str) -> tuple[Any, dict[str, Any]]:
     if network != "recipe":
         config["method"]["export"] = network
     cfg = validate(Train, config)
-    method = METHODS[cfg.method.name][1](cfg.method, setting_again(cfg, facts))
+    method = METHODS[cfg.method.name][1](cfg.method, cfg.setting_again(facts))
     method.load_state_dict(state["method"])
     encoder = method.encoder()
     encoder.name = cfg.name

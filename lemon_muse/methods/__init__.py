@@ -4,6 +4,12 @@ A method is one module. The loop moves a batch, calls `method(batch, step)`, ste
 logs the returned dict and saves; it knows no method by name.
 """
 
-from lemon_muse.methods.moco_v3 import MoCoV3, MoCoV3Config
+from typing import Any
 
-METHODS = {"moco_v3": (MoCoV3Config, MoCoV3)}
+from lemon_muse.methods.moco_v3 import MoCoV3, MoCoV3Config
+from lemon_muse.methods.muse import Muse, MuseConfig
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "moco_v3": (MoCoV3Config, MoCoV3),
+    "muse": (MuseConfig, Muse),
+}

@@ -14,16 +14,15 @@ from torch import nn
 
 from lemon_muse import ema
 from lemon_muse.backbones import build, timm_arguments
-from lemon_muse.config import Config
 from lemon_muse.data import augment
 from lemon_muse.encoder import Encoder
 from lemon_muse.heads import mlp
 from lemon_muse.losses import info_nce, info_nce_chance
-from lemon_muse.methods.contract import Method, Setting
+from lemon_muse.methods.contract import Method, MethodConfig, Setting
 from lemon_muse.schedules import cosine
 
 
-class MoCoV3Config(Config):
+class MoCoV3Config(MethodConfig):
     """MoCo v3 (LEMON)."""
 
     name: Literal["moco_v3"] = Field("moco_v3", description="the method")

@@ -19,7 +19,7 @@ from lemon_muse.heads import mlp
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.moco_v3 import MoCoV3, MoCoV3Config
 from lemon_muse.optim import Optim
-from lemon_muse.recipe import Train
+from lemon_muse.recipe import LemonTrain as Train
 from lemon_muse.stop import Stop
 from lemon_muse.train import Loop
 

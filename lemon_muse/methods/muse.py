@@ -1,0 +1,323 @@
+"""MUSE: DINO on the views of a ROI, and NuLo on the nuclei that two views share.
+
+"MUSE" (arXiv 2511.05170), sections 3.2 to 3.4: a student sees all views of a ROI, an EMA teacher
+the global ones; the class token of the encoder is matched between views of the ROI (L_image), the
+feature of the decoder's map at a nucleus between views of the nucleus (L_nu). No trainer was ever
+published; what the paper leaves open follows the DINO reference (facebookresearch/dino).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from lemon_muse import dino, ema
+from lemon_muse.backbones.muse import MuseNet, build_muse
+from lemon_muse.backbones.sampling import sample
+from lemon_muse.data import roi_nuclei, roi_views
+from lemon_muse.data.roi_views_config import RoiViewConfig
+from lemon_muse.heads import DINOHead
+from lemon_muse.matching import Teacher
+from lemon_muse.methods.contract import Method, MethodConfig, Setting
+from lemon_muse.schedules import cosine, linear_warmup
+
+Kind = Literal["image", "nucleus"]
+ONE_HOT = 0.05  # of the chance level: no healthy run gets there
+
+
+class MuseConfig(MethodConfig):
+    """MUSE: image loss (DINO) and nucleus loss (NuLo)."""
+
+    name: Literal["muse"] = Field("muse", description="the method")
+    image_weight: float = Field(1.0, ge=0, description="λ_image; 0 = no image loss")
+    nucleus_weight: float = Field(
+        1.0, ge=0, description="λ_nu; 0 = no nucleus loss, the decoder is not trained"
+    )
+    image_prototypes: int = Field(65_536, gt=1, description="outputs of the image head")
+    nucleus_prototypes: int = Field(16_384, gt=1, description="outputs of the nucleus head")
+    hidden: int = Field(2048, gt=0, description="width of the heads' MLP")
+    bottleneck: int = Field(256, gt=0, description="width of the normalised bottleneck")
+    head_layers: int = Field(3, ge=1, description="linear layers of the heads' MLP")
+    norm_last: bool = Field(
+        False, description="keep the prototypes' length at 1 (DINO: ViT-S no, ViT-B yes)"
+    )
+    freeze_last: float = Field(
+        0.01, ge=0, le=1, description="share of the steps in which prototypes are not trained"
+    )
+    temperature: float = Field(0.1, gt=0, description="T of the student")
+    teacher_temperature: tuple[float, float] = Field(
+        (0.04, 0.07), description="T of the teacher, first and last value of a linear warm-up"
+    )
+    warm_teacher: float = Field(
+        0.3, ge=0, le=1, description="share of the steps over which that warm-up runs"
+    )
+    momentum: float = Field(
+        0.996, ge=0, le=1, description="EMA momentum at step 0; rises to 1 along a cosine"
+    )
+    centring: Literal["centre", "sinkhorn"] = Field(
+        "centre", description="what keeps the targets from collapsing"
+    )
+    centre_momentum: float = Field(0.9, ge=0, lt=1, description="EMA momentum of the centres")
+    reduction: Literal["pair", "sqrt", "nucleus", "sum"] = Field(
+        "pair",
+        description="NuLo: each pair of views alike, by the root of its nuclei, each nucleus "
+        "alike, or the paper's plain sum",
+    )
+    chunk: int = Field(1024, gt=0, description="nuclei whose logits exist at one time")
+    export: Literal["teacher", "student"] = Field(
+        "teacher", description="which network is probed and exported (MUSE released the teacher)"
+    )
+
+
+class Muse(Method):
+    """See the module's docstring. Teacher and student are equal at step 0."""
+
+    reads: Literal["crops", "rois"] = "rois"
+
+    def __init__(self, settings: MuseConfig, setting: Setting) -> None:
+        super().__init__()
+        self.settings, self.setting = settings, setting
+        self.view: RoiViewConfig = setting.view
+        backbone = build_muse(setting.backbone, seed=setting.seed)
+        common = {
+            "hidden": settings.hidden,
+            "bottleneck": settings.bottleneck,
+            "layers": settings.head_layers,
+            "norm_last": settings.norm_last,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setting.seed + 1)
+            image = DINOHead(backbone.dim, settings.image_prototypes, **common)  # type: ignore[arg-type]
+            nucleus = DINOHead(backbone.map_dim, settings.nucleus_prototypes, **common)  # type: ignore[arg-type]
+        self.student = nn.ModuleDict({"backbone": backbone, "image": image, "nucleus": nucleus})
+        # What a loss that is switched off would have trained must not wait for gradients (DDP).
+        if not settings.image_weight:
+            image.requires_grad_(False)
+        if not settings.nucleus_weight:
+            nucleus.requires_grad_(False)
+            if backbone.decoder is not None:
+                backbone.decoder.requires_grad_(False)
+        self.teacher = ema.momentum_copy(self.student)
+        self._net("teacher").without_drops()
+        self.centres = nn.ModuleDict(
+            {
+                "image": dino.Centre(settings.image_prototypes, settings.centre_momentum),
+                "nucleus": dino.Centre(settings.nucleus_prototypes, settings.centre_momentum),
+            }
+        )
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def draw(self, count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:
+        return roi_views.draw(self.view, count, generator)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        views = self.make_views(batch)
+        globals_ = self.view.globals
+        seen = [roi_nuclei.keys(view) for view in views]
+        with torch.no_grad():
+            t_cls, t_nuclei = self._pass("teacher", views[:globals_], seen[:globals_])
+        parts = [
+            self._pass("student", views[at], seen[at])
+            for at in (slice(globals_), slice(globals_, None))
+            if views[at]
+        ]
+        s_cls = [row for part in parts for row in part[0]]
+        s_nuclei = [row for part in parts for row in part[1]]
+        out: dict[str, torch.Tensor] = {"features": s_cls[0].detach()}
+        loss = s_cls[0].new_zeros((), dtype=torch.float32)
+        if self.settings.image_weight:
+            found = self._image_loss(s_cls, t_cls, step)
+            loss = loss + self.settings.image_weight * found.pop("loss_image_")
+            out |= found
+        if self.settings.nucleus_weight:
+            slots = max(1, batch["points"].shape[1])
+            keys = [key for key, _, _ in seen]
+            found = self._nucleus_loss(
+                s_nuclei, t_nuclei, keys, step, rois=len(batch["points"]), slots=slots
+            )
+            loss = loss + self.settings.nucleus_weight * found.pop("loss_nucleus_")
+            out |= found
+        return {"loss": loss, **out}
+
+    @torch.no_grad()
+    def make_views(self, batch: dict[str, Any]) -> list[roi_views.View]:
+        """All views of the ROIs: pixels on their device, nuclei on the CPU."""
+        s, pixels = self.setting, batch["pixels"]
+        points, counts, params = batch["points"].cpu(), batch["counts"].cpu(), batch["views"]
+        geometry = roi_views.place(self.view, params, points, counts, side=s.stored, mpp=s.mpp)
+        autocast = torch.is_autocast_enabled(pixels.device.type)
+        dtype = torch.get_autocast_dtype(pixels.device.type) if autocast else torch.float32
+        views = []
+        for v in range(self.view.views):
+            made = roi_views.apply(
+                pixels, points, params, geometry, self.view, v, mean=s.mean, std=s.std, dtype=dtype
+            )
+            # Matching runs on the CPU: there nobody waits for the device.
+            here = roi_views.follow(points, params, geometry, self.view, v)
+            views.append(roi_views.View(made.images, *here))
+        return views
+
+    def _net(self, who: str) -> MuseNet:
+        net = getattr(self, who)["backbone"]
+        assert isinstance(net, MuseNet)
+        return net
+
+    def _pass(
+        self, who: str, views: Sequence[roi_views.View], seen: Sequence[tuple[torch.Tensor, ...]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views of one size: image features [b, D] and nucleus features [m_v, C] of each view."""
+        net = self._net(who)
+        images = torch.cat([view.images for view in views])
+        images = images.contiguous(memory_format=torch.channels_last)
+        rows = len(views[0].images)
+        if not self.settings.nucleus_weight:
+            return list(net.encoder(images)[0].split(rows)), []
+        cls, maps = net(images)
+        device = images.device
+        points = torch.cat([points for _, points, _ in seen]).to(device, non_blocking=True)
+        owner = torch.cat([row + rows * v for v, (_, _, row) in enumerate(seen)])
+        size = (images.shape[-2], images.shape[-1])
+        found = sample(
+            maps, points, owner.to(device, non_blocking=True), size=size,
+            convention=net.settings.convention,
+        )  # fmt: skip
+        return list(cls.split(rows)), list(found.split([len(key) for key, _, _ in seen]))
+
+    def _image_loss(
+        self, student: list[torch.Tensor], teacher: list[torch.Tensor], step: int
+    ) -> dict[str, torch.Tensor]:
+        rows = len(teacher[0])
+        x = self.student["image"](torch.cat(student))
+        with torch.no_grad():
+            y = self.teacher["image"](torch.cat(teacher))
+        target = self._target("image", y, None, step)
+        found = dino.image_loss(
+            x.split(rows), y.split(rows), self.student["image"].prototypes(), target,  # type: ignore[operator]
+            temperature=self.settings.temperature, chunk=self.settings.chunk,
+        )  # fmt: skip
+        return _named(found, "image")
+
+    def _nucleus_loss(
+        self,
+        student: list[torch.Tensor],
+        teacher: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        step: int,
+        *,
+        rois: int,
+        slots: int,
+    ) -> dict[str, torch.Tensor]:
+        s = self.settings
+        lengths = [len(key) for key in keys]
+        features = torch.cat(student)
+        x = self.student["nucleus"](features)
+        with torch.no_grad():
+            y = self.teacher["nucleus"](torch.cat(teacher))
+            weights = [
+                dino.nucleus_weights(key, slots=slots, reduction=s.reduction)
+                for key in keys[: len(teacher)]
+            ]
+        target = self._target("nucleus", y, torch.cat(weights).to(y.device), step)
+        found = dino.nucleus_loss(
+            x.split(lengths), y.split(lengths[: len(teacher)]), keys,
+            self.student["nucleus"].prototypes(), target, rois=rois, slots=slots,  # type: ignore[operator]
+            temperature=s.temperature, reduction=s.reduction, chunk=s.chunk,
+        )  # fmt: skip
+        spread = _spread(features.detach())
+        return {**_named(found, "nucleus"), "nucleus_std": spread}
+
+    @torch.no_grad()
+    def _target(
+        self, kind: Kind, y: torch.Tensor, weights: torch.Tensor | None, step: int
+    ) -> Teacher:
+        """What turns the teacher's bottleneck into targets; notes what moves the centre."""
+        s, head, centre = self.settings, self.teacher[kind], self.centres[kind]
+        assert isinstance(head, DINOHead) and isinstance(centre, dino.Centre)
+        prototypes = head.prototypes()
+        first, last = s.teacher_temperature
+        warm = round(s.warm_teacher * self.setting.steps)
+        temperature = linear_warmup(step, warmup=warm, start=first, end=last)
+        if s.centring == "sinkhorn":
+            value = dino.sinkhorn_centre(y, prototypes, temperature, weights=weights, chunk=s.chunk)
+            return Teacher(prototypes, value, temperature)
+        total, weight = dino.logit_sum(y, prototypes, weights)
+        if kind in self._sums:
+            before = self._sums[kind]
+            total, weight = total + before[0], weight + before[1]
+        self._sums[kind] = (total, weight)
+        return Teacher(prototypes, centre.value.clone(), temperature)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
+
+    def before_step(self, step: int) -> None:
+        frozen = round(self.settings.freeze_last * self.setting.steps)
+        for kind in ("image", "nucleus"):
+            dino.cancel_last_layer_gradient(self.student[kind], step, frozen)  # type: ignore[arg-type]
+
+    def after_step(self, step: int) -> dict[str, float]:
+        for kind in sorted(self._sums):  # the same order on all ranks: it is a collective
+            self.centres[kind].update(*self._sums[kind])  # type: ignore[operator]
+        self._sums = {}
+        value = cosine(step, self.setting.steps, start=self.settings.momentum, end=1.0)
+        ema.update(self.teacher, self.student, value)
+        return {"momentum": value}
+
+    def encoder(self) -> Any:
+        from lemon_muse.dense import DenseEncoder
+
+        s = self.setting
+        return DenseEncoder(
+            self._net(self.settings.export),
+            image_size=self.view.global_size,
+            mpp=max(self.view.global_mpp),
+            mpp_range=self.view.global_mpp,
+            mean=s.mean,
+            std=s.std,
+        )
+
+    def chance(self) -> float:
+        s = self.settings
+        image = s.image_weight * dino.chance(s.image_prototypes)
+        return image + s.nucleus_weight * dino.chance(s.nucleus_prototypes)
+
+    def judge(self, logged: dict[str, float]) -> str | None:
+        s = self.settings
+        for kind, count in (("image", s.image_prototypes), ("nucleus", s.nucleus_prototypes)):
+            loss = logged.get(f"loss_{kind}")
+            if loss is not None and loss < ONE_HOT * dino.chance(count):
+                return (
+                    f"one-hot collapse: the {kind} loss is {loss:.3f}, which only targets that "
+                    f"are the same for all give. Lower method.teacher_temperature or optim.lr, or "
+                    f"raise method.momentum."
+                )
+        if logged.get("nucleus_std", 1.0) < 0.01:
+            return (
+                "uniform collapse: the features of all nuclei are nearly equal. Lower optim.lr, or "
+                "set optim.clip=0.3."
+            )
+        return None
+
+    def start_from(self, source: Path) -> None:
+        """Take the weights of a run, an encoder folder or a released file; see `muse_start`."""
+        from lemon_muse.methods.muse_start import start_from
+
+        start_from(self, source)
+
+
+def _named(found: dict[str, torch.Tensor], kind: Kind) -> dict[str, torch.Tensor]:
+    """Names for the log; the loss with its gradient under a name that is taken out of it."""
+    rest = {k if "pairs" in k or k == "matched" else f"{k}_{kind}": v for k, v in found.items()}
+    return {f"loss_{kind}_": found["loss"], **{k: v.detach() for k, v in rest.items()}}
+
+
+def _spread(features: torch.Tensor) -> torch.Tensor:
+    """`collapse.measure`'s feature_std of nucleus features; 1 where there are too few."""
+    few = features[:1024].float()
+    if len(few) < 2:
+        return features.new_ones((), dtype=torch.float32)
+    unit = nn.functional.normalize(few, dim=1)
+    return unit.std(0).mean() * few.shape[1] ** 0.5

@@ -1,0 +1,51 @@
+"""The settings of a MUSE run. Values that the paper does not state are DINO's; see the help."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from lemon_muse.backbones.muse import MuseBackbone
+from lemon_muse.data import roi_views
+from lemon_muse.data.roi_views_config import RoiViewConfig
+from lemon_muse.data.shards import Index, open_index
+from lemon_muse.methods.muse import MuseConfig
+from lemon_muse.optim import Optim
+from lemon_muse.recipe import Normalise, Train
+
+OPTIM = Optim(
+    lr=5e-4, end_lr=1e-6, warmup=0.1, weight_decay=0.04, end_weight_decay=0.4, decay_norms=False,
+    clip=3.0,
+)  # fmt: skip
+
+
+class MuseTrain(Train):
+    """Pretrain an encoder-decoder on ROIs (method.name=muse): DINO for images, NuLo for nuclei."""
+
+    steps: int = Field(47_000, gt=0, description="optimiser steps (100 passes of 484k ROIs)")
+    batch: int = Field(1024, gt=1, description="global batch of ROIs: all ranks, all parts")
+    normalise: Normalise = Field(
+        "imagenet", description="mean and std: of these shards, LEMON's released ones, ImageNet's"
+    )
+    method: MuseConfig = Field(MuseConfig(), description="the method")
+    backbone: MuseBackbone = Field(MuseBackbone(), description="the network")
+    view: RoiViewConfig = Field(RoiViewConfig(), description="views of a ROI")
+    optim: Optim = Field(OPTIM, description="optimiser")
+    init: Path | None = Field(
+        None,
+        description="start from this run (heads and centres too), encoder folder or released "
+        ".pth; positions are resampled to backbone.image",
+    )
+
+    def open_data(self) -> Index:
+        return open_index(self.data, kind="rois")
+
+    def check(self, index: Index) -> None:
+        super().check(index)
+        roi_views.check(self.view, index.size, index.mpp)
+
+    def samples(self, index: Index) -> tuple[int, str]:
+        return len(index.blocks), "ROIs"
+
+    @property
+    def window_px(self) -> int:
+        return self.view.global_size
