@@ -21,7 +21,7 @@ ROI_SIDE, SLIDE_SIDE = 1400, 1200  # longer side of a picture, px
 SHARPER = (
     2  # circles are drawn so many times as large and made smaller: Pillow draws no smooth ones
 )
-NUCLEUS, LINE = 3.0, 1.5  # radius of a circle, µm; thickness of its line, px
+NUCLEUS, LINE = 3.0, 1.5  # radius of a circle, µm; its line at most, px
 BAR = 50.0  # µm, length of the scale bar
 DENSITY, STRENGTH = 50.0, 0.35  # side of a cell in which nuclei are counted, µm; of the veil
 MOST_TYPES = 8  # in a legend; the others are one entry
@@ -188,7 +188,8 @@ def _circles(
     layer = picture.resize(size, Image.Resampling.BILINEAR)
     mask = Image.new("L", size)
     draw, on = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
-    radius, line = max(radius, 1.5) * SHARPER, round(LINE * SHARPER)
+    radius = max(radius, 1.5)
+    radius, line = radius * SHARPER, max(1, round(min(LINE, radius / 4) * SHARPER))
     for (x, y), colour in zip(points * SHARPER, colours, strict=True):
         # Pillow's ellipse covers both ends of its box: pixel centres at +0.5 are half a px less.
         box = (x - radius - 0.5, y - radius - 0.5, x + radius - 0.5, y + radius - 0.5)

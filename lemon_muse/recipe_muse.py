@@ -12,10 +12,27 @@ from lemon_muse.methods.muse import MuseConfig
 from lemon_muse.optim import Optim
 from lemon_muse.recipe import Normalise, Train
 
-OPTIM = Optim(
-    lr=5e-4, end_lr=1e-6, warmup=0.1, weight_decay=0.04, end_weight_decay=0.4, decay_norms=False,
-    clip=3.0,
-)  # fmt: skip
+
+class MuseOptim(Optim):
+    """Optimiser and learning rate; the defaults are DINO's."""
+
+    lr: float = Field(
+        5e-4,
+        gt=0,
+        description="peak learning rate for a global batch of 256; scaled by batch/256",
+    )
+    end_lr: float = Field(1e-6, ge=0, description="learning rate at the last step, scaled likewise")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps with linearly rising rate"
+    )
+    weight_decay: float = Field(0.04, ge=0, description="decoupled weight decay at step 0")
+    end_weight_decay: float | None = Field(
+        0.4, ge=0, description="weight decay at the last step, along a cosine; none = constant"
+    )
+    decay_norms: bool = Field(False, description="also decay biases and norm gains")
+    clip: float = Field(
+        3.0, ge=0, description="largest global gradient norm; 0 = no clipping (DINO: 3 S, 0.3 B)"
+    )
 
 
 class MuseTrain(Train):
@@ -29,7 +46,7 @@ class MuseTrain(Train):
     method: MuseConfig = Field(MuseConfig(), description="the method")
     backbone: MuseBackbone = Field(MuseBackbone(), description="the network")
     view: RoiViewConfig = Field(RoiViewConfig(), description="views of a ROI")
-    optim: Optim = Field(OPTIM, description="optimiser")
+    optim: MuseOptim = Field(MuseOptim(), description="optimiser")
     init: Path | None = Field(
         None,
         description="start from this run (heads and centres too), encoder folder or released "
