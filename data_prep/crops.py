@@ -187,19 +187,30 @@ def merge(cfg: Crops, group: int, slides: list[str]) -> None:
         whole=False,
     )
     with writer, ThreadPoolExecutor(max(1, cfg.workers)) as pool:
-        encoded = partial(encode, encoding=cfg.encoding, quality=cfg.quality)
         for pixels, columns in _mixed(cfg, group, parts, buckets):
-            cuts = range(0, len(pixels), cfg.block)
-            blocks = [pixels[start : start + cfg.block] for start in cuts]
-            # Raw blocks need no work: a pool would only copy them all before one is written.
-            payloads = pool.map(encoded, blocks) if cfg.encoding == "jpeg" else map(encoded, blocks)
-            for start, block, payload in zip(cuts, blocks, payloads, strict=True):
-                here = slice(start, start + cfg.block)
-                writer.write(block, {k: v[here] for k, v in columns.items()}, payload=payload)
+            _write(cfg, writer, pool, pixels, columns)
+            del pixels  # else it would be held while the next bucket is read
         for part in parts:
             if part.slide in writer.slides:
                 entry = writer.slides[part.slide]
                 entry |= {"dropped": part.about["dropped"], "stain": part.about["stain"]}
+
+
+def _write(
+    cfg: Crops,
+    writer: ShardWriter,
+    pool: ThreadPoolExecutor,
+    pixels: np.ndarray,
+    columns: dict[str, np.ndarray],
+) -> None:
+    encoded = partial(encode, encoding=cfg.encoding, quality=cfg.quality)
+    cuts = range(0, len(pixels), cfg.block)
+    blocks = [pixels[start : start + cfg.block] for start in cuts]
+    # Raw blocks need no work: a pool would only copy them all before one is written.
+    payloads = pool.map(encoded, blocks) if cfg.encoding == "jpeg" else map(encoded, blocks)
+    for start, block, payload in zip(cuts, blocks, payloads, strict=True):
+        here = slice(start, start + cfg.block)
+        writer.write(block, {k: v[here] for k, v in columns.items()}, payload=payload)
 
 
 def _mixed(
@@ -209,22 +220,26 @@ def _mixed(
     rest: tuple[np.ndarray, dict[str, np.ndarray]] | None = None
     for bucket in range(buckets):
         rng = np.random.default_rng([cfg.seed, group, bucket])
-        stretches = [part.stretch(bucket, buckets) for part in parts]
-        stretches = ([rest] if rest else []) + [s for s in stretches if len(s[0])]
-        if not stretches:
+        stretches = [(part, part.stretch(bucket, buckets)) for part in parts]
+        stretches = [(part, here) for part, here in stretches if len(here)]
+        tables = ([rest[1]] if rest else []) + [part.table(here) for part, here in stretches]
+        if not tables:
             continue
-        order = rng.permutation(sum(len(s[0]) for s in stretches))
-        columns = {k: np.concatenate([s[1][k] for s in stretches])[order] for k in stretches[0][1]}
+        order = rng.permutation(sum(len(table["id"]) for table in tables))
+        columns = {k: np.concatenate([table[k] for table in tables])[order] for k in tables[0]}
         pixels = np.empty((len(order), cfg.size, cfg.size, 3), np.uint8)
         place = np.argsort(order)
         start = 0
-        while stretches:  # one after the other, so that the bucket is not held twice
-            piece = stretches.pop(0)[0]
-            pixels[place[start : start + len(piece)]] = piece
-            start += len(piece)
+        if rest:
+            start = len(rest[0])
+            pixels[place[:start]] = rest[0]
+        for part, here in stretches:  # one after the other, so that the bucket is not held twice
+            pixels[place[start : start + len(here)]] = part.pixels(here)
+            start += len(here)
         full = len(pixels) if bucket == buckets - 1 else len(pixels) // cfg.block * cfg.block
-        yield pixels[:full], {k: v[:full] for k, v in columns.items()}
         rest = (pixels[full:].copy(), {k: v[full:] for k, v in columns.items()})
+        yield pixels[:full], {k: v[:full] for k, v in columns.items()}
+        del pixels
 
 
 class _Part:
@@ -238,24 +253,27 @@ class _Part:
             self.about = json.loads(str(members["about"]))
             self.columns = {k: members[k] for k in ("id", "x", "y", "type", "score")}
 
-    def stretch(self, number: int, of: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Crops and columns of the `number`-th of `of` stretches of the part."""
-        count, size = len(self.place), self.cfg.size
-        here = self.place[count * number // of : count * (number + 1) // of]
-        pixels = np.empty((len(here), size, size, 3), np.uint8)
-        if len(here):
-            first, each = int(here[0]), size * size * 3
-            span = np.fromfile(
-                f"{self.path}.pixels",
-                np.uint8,
-                count=(int(here[-1]) + 1 - first) * each,
-                offset=first * each,
-            )
-            pixels[:] = span.reshape(-1, size, size, 3)[here - first]
+    def stretch(self, number: int, of: int) -> np.ndarray:
+        """Places of the crops of the `number`-th of `of` stretches of the part, ascending."""
+        count = len(self.place)
+        here: np.ndarray = self.place[count * number // of : count * (number + 1) // of]
+        return here
+
+    def pixels(self, here: np.ndarray) -> np.ndarray:
+        """Crops at these places, neighbours but for those left out."""
+        size = self.cfg.size
+        first, each = int(here[0]), size * size * 3
+        count = (int(here[-1]) + 1 - first) * each
+        span = np.fromfile(f"{self.path}.pixels", np.uint8, count=count, offset=first * each)
+        crops = span.reshape(-1, size, size, 3)
+        return crops if len(crops) == len(here) else crops[here - first]
+
+    def table(self, here: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of the crops at these places."""
         columns = {k: v[here] for k, v in self.columns.items()}
         if not self.cfg.types:
             columns["type"] = np.full(len(here), "")
-        return pixels, {
+        return {
             "slide": np.full(len(here), self.slide),
             "patient": np.full(len(here), self.about["patient"]),
             "mpp": np.full(len(here), self.cfg.mpp),

@@ -23,6 +23,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "prep rois": ("data_prep.rois", "Rois", "ROI shards: regions with their nuclei"),
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
     "train": ("launch.training", "Train", "pretrain: LEMON on crops, or MUSE on ROIs"),
+    "views": ("launch.views", "Views", "draw the views that a step of a run sees"),
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
     "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),

@@ -2,12 +2,18 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+from lemon_muse.data.shards import open_index
+from lemon_muse.errors import UserError
 from lemon_muse.recipe import Train
 from lemon_muse.train import Probe
 from lemon_muse.train import run as train
 
 __all__ = ["Train", "run"]
+
+# Methods whose encoder has a map that is read at nuclei.
+DENSE = ("muse", "dino")
 
 
 def run(cfg: Train) -> Path:
@@ -23,10 +29,25 @@ def online_probe(cfg: Train) -> Probe | None:
     if cfg.probe.benchmark is None or cfg.probe.root is None:
         return None
     from eval.online import online_probe as build
-    from lemon_muse.data.shards import open_index
 
-    mpp = open_index(cfg.data).mpp
-    bf16 = cfg.precision == "bf16"
+    dense = cfg.method.name in DENSE
+    if not dense and (cfg.probe.window or cfg.probe.mpp):
+        raise UserError(
+            f"probe.window and probe.mpp are for {' and '.join(DENSE)}: the probe of "
+            f"{cfg.method.name} takes the window and the mpp of the crops."
+        )
     return build(
-        cfg.probe.benchmark, cfg.probe.root, size=cfg.window, mpp=mpp, seed=cfg.seed, bf16=bf16
+        cfg.probe.benchmark,
+        cfg.probe.root,
+        size=cfg.probe.window or cfg.window_px,
+        mpp=_mpp(cfg) if dense else open_index(cfg.data).mpp,
+        seed=cfg.seed,
+        bf16=cfg.precision == "bf16",
+        dense=dense,
     )
+
+
+def _mpp(cfg: Train) -> float:
+    """µm per pixel of a dense probe: as asked for, or the coarsest that the global views have."""
+    views: Any = cfg.view
+    return cfg.probe.mpp or float(views.global_mpp[1])

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir
+from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir, steps
+from lemon_muse.backbones.muse import ResNetTaps, ViTTaps
+from lemon_muse.backbones.muse_decoder import Decoder
 from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
-from lemon_muse.data.reader import Batches, CropBatches
-from lemon_muse.data.rois import RoiBatches
 from lemon_muse.data.shards import Index
 from lemon_muse.encoder import save_encoder
 from lemon_muse.errors import RunError
@@ -73,36 +73,31 @@ class Loop:
         # Convolutions run faster on both CPUs and tensor cores; other tensors are not concerned.
         self.method: Method = synced.to(memory_format=torch.channels_last)  # type: ignore[assignment, call-overload]
         self.optimiser = optim.build(self.method.param_groups(), cfg.optim)
-        batches = RoiBatches if method.reads == "rois" else CropBatches
-        self.batches: Batches = batches(
-            index,
-            seed=cfg.seed,
-            batch=cfg.batch,
-            window=cfg.shuffle_blocks,
-            rank=distributed.rank(),
-            world=distributed.world(),
-            workers=cfg.workers,
+        self.batches = steps.open_batches(
+            cfg, index, method.reads, rank=distributed.rank(), world=distributed.world()
         )
-        self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        self.dtype = steps.precision(cfg)
         if device.type == "cpu" and self.dtype == torch.bfloat16:
             use_plain_attention(self.method)
         self.flops, self.peak, self.ending = 0.0, 1.0, False
         self.unit = f"{method.reads}_per_s"
+        # Here, before the run folder is made: a wrong init= must leave nothing behind.
+        self.found = checkpoint.load_newest(cfg.out / "checkpoints")
+        start = getattr(cfg, "init", None)
+        if self.found is None and start is not None:
+            self.method.start_from(start)  # type: ignore[operator]
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
-        found = checkpoint.load_newest(self.cfg.out / "checkpoints")
-        start = getattr(self.cfg, "init", None)
-        if found is None and start is not None:
-            self.method.start_from(start)  # type: ignore[operator]
+        found, self.found = self.found, None
         if found is not None:
             self.step, state = found
             self.method.load_state_dict(state["method"])
             self.optimiser.load_state_dict(state["optimiser"])
-        steps = distributed.objects_of_ranks(self.step)
-        if len(set(steps)) > 1:
+        found_by = distributed.objects_of_ranks(self.step)
+        if len(set(found_by)) > 1:
             raise RunError(
-                f"ranks found checkpoints of different steps {steps}; is out= on a shared disk?"
+                f"ranks found checkpoints of different steps {found_by}; is out= on a shared disk?"
             )
         self.monitor = Monitor(
             self.cfg.out, first=self.step, steps=self.cfg.steps, active=distributed.rank() == 0
@@ -155,7 +150,10 @@ class Loop:
         if self.cfg.compile:
             # Only the networks: views have data-dependent branches that are not worth a graph.
             for module in self.method.modules():
-                if module is not self.method and hasattr(module, "forward_features"):
+                # MUSE calls the parts of a timm network, which itself is not called.
+                if hasattr(module, "forward_features") or isinstance(
+                    module, ViTTaps | ResNetTaps | Decoder
+                ):
                     module.compile()
         if distributed.world() > 1:
             where = [self.device] if self.device.type == "cuda" else None
@@ -169,7 +167,7 @@ class Loop:
         """Forward, backward, guard, optimiser, EMA. Returns scalars (keeps features for later)."""
         cfg, step = self.cfg, self.step
         # Whatever draws from the global generators (drop-path) is a function of the step as well.
-        torch.manual_seed(_mix(cfg.seed, step, distributed.rank()))
+        torch.manual_seed(steps.mix(cfg.seed, step, distributed.rank()))
         rate, decay = cfg.optim.rate(step, cfg.steps, cfg.batch), cfg.optim.decay(step, cfg.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -178,6 +176,7 @@ class Loop:
         self.method.train()
         loss = torch.zeros((), device=self.device)
         scalars: dict[str, torch.Tensor] = {}
+        features = []
         for number, micro in enumerate(self._parts(batch)):
             last = number == cfg.accumulate - 1
             quiet = nullcontext() if last or distributed.world() == 1 else runner.no_sync()  # type: ignore[attr-defined]
@@ -188,6 +187,7 @@ class Loop:
                     out = runner(micro, step)
                 (out["loss"] / cfg.accumulate).backward()
             loss += out["loss"].detach().float() / cfg.accumulate
+            features.append(out["features"])
             for key in out.keys() - {"loss", "features"}:
                 part_of = out[key].detach().float() / cfg.accumulate
                 scalars[key] = scalars[key] + part_of if key in scalars else part_of
@@ -199,7 +199,7 @@ class Loop:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         logged = self.method.after_step(step)
-        self.features = out["features"]
+        self.features = torch.cat(features)
         names = sorted(scalars)
         means = distributed.mean_over_ranks(torch.stack([loss, *(scalars[k] for k in names)]))
         self.loss, self.scalars = means[0], dict(zip(names, means[1:].unbind(), strict=True))
@@ -212,8 +212,7 @@ class Loop:
         mine = {k: torch.from_numpy(v) for k, v in batch.items() if k != "samples"}
         if self.device.type == "cuda":
             mine["pixels"] = mine["pixels"].pin_memory().to(self.device, non_blocking=True)
-        generator = torch.Generator().manual_seed(_mix(cfg.seed, self.step, 1 << 20))
-        views = self.method.draw(cfg.batch, generator)
+        views = steps.views_of(cfg, self.step, self.method.draw)
         rows = part(cfg.batch, distributed.rank(), world)
         views = [{k: v[rows] for k, v in view.items()} for view in views]
         each = len(mine["pixels"]) // cfg.accumulate
@@ -257,6 +256,8 @@ class Loop:
         if self.step % cfg.watch.every and self.step not in (1, cfg.steps) and not probed:
             return
         loss, chance = float(self.loss), self.method.chance()
+        # Of all ranks and parts: a few rows alone look like a collapse.
+        self.features = distributed.gather(self.features)
         health = collapse.measure(self.features)
         scalars = {k: float(v) for k, v in self.scalars.items()}
         rates = clock.rates(self.unit)
@@ -285,8 +286,8 @@ class Loop:
             chance=chance,
             step=self.step,
             steps=self.cfg.steps,
-            dim=self.features.shape[1],
-        ) or self.method.judge(scalars)
+            dim=min(self.features.shape),  # n rows span n dimensions at most
+        ) or self.method.judge({"step": self.step, **scalars})
         hit = distributed.agree([sentence is not None], self.device)[0]
         if hit and self.cfg.watch.collapse == "stop":
             self.save()
@@ -310,13 +311,3 @@ class Loop:
             save_encoder(encoder, folder, card=about)
         distributed.barrier()
         return folder
-
-
-def _mix(seed: int, step: int, salt: int) -> int:
-    """One generator seed of three numbers (splitmix64 rounds; consecutive steps are unrelated)."""
-    value = (
-        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + salt * 0x94D049BB133111EB
-    ) % 2**64
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-    return (value ^ (value >> 31)) % 2**63

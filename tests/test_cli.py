@@ -29,7 +29,7 @@ def test_help_of_every_job(job: str, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "said"),
     [
         (["trian"], "there is no job 'trian'; did you mean 'train'?"),
-        (["prep"], "'prep' needs a second word; use one of: prep manifest, prep nuclei,"),
+        (["prep"], "'prep' needs a second word; use one of: prep all, prep manifest,"),
         (["train"], "'data' is required"),
         (["train", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
     ],

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field
@@ -10,7 +10,9 @@ from pydantic import Field
 from launch import cli
 from lemon_muse.config import Config, dump, flat_keys, help_text, load
 from lemon_muse.errors import UserError
-from lemon_muse.recipe import Train
+from lemon_muse.methods import METHODS
+from lemon_muse.recipe import LemonTrain, Train
+from lemon_muse.recipe_muse import MuseTrain
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -90,7 +92,7 @@ def test_help_shows_every_key_with_its_default() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_every_recipe_loads_and_opens_with_its_command(path: Path) -> None:
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert first.startswith("#") and "lemon-muse train" in first
+    assert first.startswith("#") and re.search(r"(lemon-muse|-m launch\.cli) train", first)
     assert "score" in first.lower()
     cfg = load(Train, [str(path), "data=somewhere"])
     assert load(Train, [str(path), "data=somewhere"]) == cfg
@@ -101,9 +103,17 @@ def test_there_are_recipes() -> None:
 
 
 def all_models() -> list[type[Config]]:
+    """The settings of every job, for every method where they depend on it."""
     import importlib
 
-    return [getattr(importlib.import_module(m), name) for m, name, _ in cli.JOBS.values()]
+    jobs = [getattr(importlib.import_module(m), name) for m, name, _ in cli.JOBS.values()]
+    trees: list[dict[str, Any]] = [{}, *({"method": {"name": name}} for name in METHODS)]
+    return list(dict.fromkeys(job.variant(tree) for job in jobs for tree in trees))
+
+
+def test_the_models_are_those_that_runs_get() -> None:
+    found = set(all_models())
+    assert found >= {LemonTrain, MuseTrain} and Train not in found
 
 
 def test_every_field_is_read_by_some_code() -> None:
@@ -123,7 +133,13 @@ def test_every_field_is_read_by_some_code() -> None:
 
 
 def test_every_field_says_what_it_is() -> None:
-    def walk(model: type[Config]) -> list[str]:
-        return [f"{model.__name__}.{n}" for n, f in model.model_fields.items() if not f.description]
+    def walk(model: type[Config], prefix: str) -> list[str]:
+        bare = []
+        for name, field in model.model_fields.items():
+            bare += [] if field.description else [prefix + name]
+            default = field.get_default(call_default_factory=True)
+            if isinstance(default, Config):
+                bare += walk(type(default), f"{prefix}{name}.")
+        return bare
 
-    assert not [name for model in all_models() for name in walk(model)]
+    assert not [name for model in all_models() for name in walk(model, f"{model.__name__}.")]

@@ -34,7 +34,7 @@ def train(data: Path, out: Path, *words: str) -> int:
         (["batch=1024"], "holds 700 nuclei, fewer than batch=1024; set batch=512 or smaller"),
         (["window=48"], "window=48 px is larger than the stored crops of 32 px; set window=32"),
         (["batch=30", "accumulate=4"], "batch=30 is not divisible by accumulate=4"),
-        (["batch=4", "accumulate=4"], "fewer than 2 crops per rank and part"),
+        (["batch=4", "accumulate=4"], "fewer than 2 nuclei per rank and part"),
         (["backbone.patch=5"], "backbone.patch=5 does not divide window=16"),
         (["optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         (["optim.lr=-1"], "'optim.lr' is -1: input should be greater than 0"),

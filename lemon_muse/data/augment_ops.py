@@ -11,6 +11,13 @@ YIQ = ((0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # I and Q (NTSC),
 BLOCK = 32  # output lines of a blur that are made at once on the CPU, where views are large
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """What autocast computes in here; float32 where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
 def grid_lines(theta: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What an output x and y add to the source position: [B, 2, 1, w] and [B, 2, w, 1].
 

@@ -157,6 +157,7 @@ class Batches:
     """Batches of the steps of a run, for one rank, prepared ahead in threads."""
 
     reader: BlockReader
+    part: slice | np.ndarray  # which rows of the global batch; an array of them is ascending
     workers: int
 
     def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ A batch of ROIs of one side S and one mpp is `pixels` uint8 [b, S, S, 3], `point
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from lemon_muse.data.roi_resample import Windows, move, resample
 from lemon_muse.data.roi_views_config import RoiViewConfig
 from lemon_muse.errors import UserError
 
-__all__ = ["Geometry", "RoiViewConfig", "View", "apply", "check", "draw", "follow", "place"]
+__all__ = ["Geometry", "RoiViewConfig", "View", "apply", "check", "draw", "follow", "make", "place"]
 
 COLOUR = ("jitter", "order", "gray", "sigma")
 # Pixels of views per pass: on the CPU what is made on the way should stay in the cache.
@@ -118,6 +119,40 @@ def draw(cfg: RoiViewConfig, count: int, generator: torch.Generator) -> Params:
             }
         )
     return views
+
+
+@torch.no_grad()
+def make(
+    batch: dict[str, Any],
+    cfg: RoiViewConfig,
+    *,
+    mpp: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[list[View], list[Geometry]]:
+    """All views of a batch: pixels on their device and blurred in autocast's dtype.
+
+    Args:
+        batch: 'pixels', 'points', 'counts' (see the module's docstring) and 'views', rows of what
+            `draw` returned.
+        cfg: the distribution that they come from.
+        mpp: µm per pixel of the ROIs.
+        mean: as for `apply`.
+        std: as for `apply`.
+
+    Returns:
+        The views and where they lie, global ones first; nuclei and places on the CPU.
+    """
+    pixels, params = batch["pixels"], batch["views"]
+    points, counts = batch["points"].cpu(), batch["counts"].cpu()
+    found = place(cfg, params, points, counts, side=pixels.shape[1], mpp=mpp)
+    dtype = ops.autocast_dtype(pixels.device)
+    views = []
+    for v in range(cfg.views):
+        made = apply(pixels, points, params, found, cfg, v, mean=mean, std=std, dtype=dtype)
+        # Matching runs on the CPU: there nobody waits for the device.
+        views.append(View(made.images, *follow(points, params, found, cfg, v)))
+    return views, found
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from scipy import sparse
 from lemon_muse.data.slides_tiles import Tiles
 
 CUBIC = -0.5  # of the bicubic kernel with antialiasing, as in torch and Pillow
-PIECE = 4096  # crops handed out at once, at most
+PIECE = 4096  # resampled crops handed out at once, at most
+COPIED = 256  # the same of copied crops: few enough for the allocator to use their memory again
 CHUNK = 512  # side of a part that is resampled as a whole where windows crowd, px of the grid
 CROWD = 2  # such a part has less than this many times the pixels of its windows (measured)
 BATCH = 128  # windows that are resampled at once: their patches fit into a core's cache
@@ -122,8 +123,9 @@ def cut_bands(
         pixels = canvas.pixels[: int(windows.level_size[1]) - int(origin[1])]
         chunks = [(here, True)] if grid.is_native else windows.chunks(here)
         for chunk, is_dense in chunks:
-            for start in range(0, len(chunk), PIECE):
-                piece = chunk[start : start + PIECE]
+            each = COPIED if grid.is_native else PIECE
+            for start in range(0, len(chunk), each):
+                piece = chunk[start : start + each]
                 if grid.is_native:
                     crops = windows.cut(piece, pixels, origin)
                 elif is_dense:

@@ -15,6 +15,7 @@ from torch import nn
 from lemon_muse import ema
 from lemon_muse.backbones import build, timm_arguments
 from lemon_muse.data import augment
+from lemon_muse.data import augment_ops as ops
 from lemon_muse.encoder import Encoder
 from lemon_muse.heads import mlp
 from lemon_muse.losses import info_nce, info_nce_chance
@@ -71,13 +72,7 @@ class MoCoV3(Method):
         self.momentum = ema.momentum_copy(self.base)
 
     def draw(self, count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:
-        s = self.setting
-        return [
-            augment.draw(
-                s.view, count, stored=s.stored, window=s.window, generator=generator, view=view
-            )
-            for view in (0, 1)
-        ]
+        return draw_views(self.setting, count, generator)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
         x1, x2 = self._views(batch)
@@ -93,24 +88,8 @@ class MoCoV3(Method):
         loss = info_nce(q1, k2, temperature=temperature) + info_nce(q2, k1, temperature=temperature)
         return {"loss": loss, "features": f1.detach()}
 
-    @torch.no_grad()
     def _views(self, batch: dict[str, Any]) -> list[torch.Tensor]:
-        s = self.setting
-        device = batch["pixels"].device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
-        return [
-            augment.apply(
-                batch["pixels"],
-                params,
-                s.view,
-                window=s.window,
-                mean=s.mean,
-                std=s.std,
-                dtype=dtype,
-            )
-            for params in batch["views"]
-        ]
+        return make_views(self.setting, batch)
 
     def param_groups(self) -> list[dict[str, Any]]:
         modules = [self.base, self.predictor]
@@ -139,3 +118,27 @@ class MoCoV3(Method):
 
     def chance(self) -> float:
         return 2 * info_nce_chance(self.setting.batch, self.settings.temperature)
+
+
+def draw_views(
+    setting: Setting, count: int, generator: torch.Generator
+) -> list[dict[str, torch.Tensor]]:
+    """Parameters of the two views of `count` crops; see `augment.draw`."""
+    s = setting
+    return [
+        augment.draw(
+            s.view, count, stored=s.stored, window=s.window, generator=generator, view=view
+        )
+        for view in (0, 1)
+    ]
+
+
+@torch.no_grad()
+def make_views(setting: Setting, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """The two views of a batch's crops, float32 [b, 3, w, w] each, blurred in autocast's dtype."""
+    s, pixels = setting, batch["pixels"]
+    dtype = ops.autocast_dtype(pixels.device)
+    return [
+        augment.apply(pixels, row, s.view, window=s.window, mean=s.mean, std=s.std, dtype=dtype)
+        for row in batch["views"]
+    ]

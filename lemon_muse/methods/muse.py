@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from lemon_muse import dino, ema
-from lemon_muse.backbones.muse import MuseNet, build_muse
+from lemon_muse.backbones.muse import MuseNet, ViTTaps, build_muse
 from lemon_muse.backbones.sampling import sample
 from lemon_muse.data import roi_nuclei, roi_views
 from lemon_muse.data.roi_views_config import RoiViewConfig
+from lemon_muse.errors import UserError
 from lemon_muse.heads import DINOHead
 from lemon_muse.matching import Teacher
 from lemon_muse.methods.contract import Method, MethodConfig, Setting
@@ -26,6 +27,7 @@ from lemon_muse.schedules import cosine, linear_warmup
 
 Kind = Literal["image", "nucleus"]
 ONE_HOT = 0.05  # of the chance level: no healthy run gets there
+WARM, NEAR = 0.1, 0.01  # share of the run after which a loss this near to chance is reported
 
 
 class MuseConfig(MethodConfig):
@@ -71,6 +73,15 @@ class MuseConfig(MethodConfig):
         "teacher", description="which network is probed and exported (MUSE released the teacher)"
     )
 
+    @model_validator(mode="after")
+    def _trains(self) -> "MuseConfig":
+        if not self.image_weight and not self.nucleus_weight:
+            raise ValueError(
+                "'image_weight' and 'nucleus_weight' are both 0, so nothing would be trained; "
+                "leave at least one above 0."
+            )
+        return self
+
 
 class Muse(Method):
     """See the module's docstring. Teacher and student are equal at step 0."""
@@ -82,6 +93,7 @@ class Muse(Method):
         self.settings, self.setting = settings, setting
         self.view: RoiViewConfig = setting.view
         backbone = build_muse(setting.backbone, seed=setting.seed)
+        _check_sizes(backbone, self.view)
         common = {
             "hidden": settings.hidden,
             "bottleneck": settings.bottleneck,
@@ -144,21 +156,9 @@ class Muse(Method):
 
     @torch.no_grad()
     def make_views(self, batch: dict[str, Any]) -> list[roi_views.View]:
-        """All views of the ROIs: pixels on their device, nuclei on the CPU."""
-        s, pixels = self.setting, batch["pixels"]
-        points, counts, params = batch["points"].cpu(), batch["counts"].cpu(), batch["views"]
-        geometry = roi_views.place(self.view, params, points, counts, side=s.stored, mpp=s.mpp)
-        autocast = torch.is_autocast_enabled(pixels.device.type)
-        dtype = torch.get_autocast_dtype(pixels.device.type) if autocast else torch.float32
-        views = []
-        for v in range(self.view.views):
-            made = roi_views.apply(
-                pixels, points, params, geometry, self.view, v, mean=s.mean, std=s.std, dtype=dtype
-            )
-            # Matching runs on the CPU: there nobody waits for the device.
-            here = roi_views.follow(points, params, geometry, self.view, v)
-            views.append(roi_views.View(made.images, *here))
-        return views
+        """All views of the ROIs, as `roi_views.make`."""
+        s = self.setting
+        return roi_views.make(batch, self.view, mpp=s.mpp, mean=s.mean, std=s.std)[0]
 
     def _net(self, who: str) -> MuseNet:
         net = getattr(self, who)["backbone"]
@@ -280,19 +280,31 @@ class Muse(Method):
         )
 
     def chance(self) -> float:
+        """Of the whole loss; with reduction='sum', of pairs with one nucleus each."""
         s = self.settings
         image = s.image_weight * dino.chance(s.image_prototypes)
         return image + s.nucleus_weight * dino.chance(s.nucleus_prototypes)
 
     def judge(self, logged: dict[str, float]) -> str | None:
+        """`logged` may hold `step`: each loss that still is at chance is then reported, too."""
         s = self.settings
+        late = logged.get("step", 0) > WARM * self.setting.steps
         for kind, count in (("image", s.image_prototypes), ("nucleus", s.nucleus_prototypes)):
-            loss = logged.get(f"loss_{kind}")
-            if loss is not None and loss < ONE_HOT * dino.chance(count):
+            if f"kl_{kind}" not in logged or (kind == "nucleus" and not logged["matched"]):
+                continue  # a loss of nothing is 0, and is no collapse
+            # Cross-entropy of a comparison; the loss itself is larger with reduction='sum'.
+            loss, chance = logged[f"entropy_{kind}"] + logged[f"kl_{kind}"], dino.chance(count)
+            if loss < ONE_HOT * chance:
                 return (
                     f"one-hot collapse: the {kind} loss is {loss:.3f}, which only targets that "
                     f"are the same for all give. Lower method.teacher_temperature or optim.lr, or "
                     f"raise method.momentum."
+                )
+            if late and abs(loss - chance) < NEAR * chance:
+                return (
+                    f"the {kind} loss {loss:.3f} still is chance level {chance:.3f}: its targets "
+                    f"are uniform, nothing is learnt. Lower method.teacher_temperature, or raise "
+                    f"optim.lr."
                 )
         if logged.get("nucleus_std", 1.0) < 0.01:
             return (
@@ -306,6 +318,21 @@ class Muse(Method):
         from lemon_muse.methods.muse_start import start_from
 
         start_from(self, source)
+
+
+def _check_sizes(net: MuseNet, view: RoiViewConfig) -> None:
+    """A view that a ViT cannot cut into patches is said before a run folder is made."""
+    if not isinstance(net.encoder, ViTTaps):
+        return
+    patch, used = net.encoder.patch, {"global_size": view.global_size}
+    used |= {"local_size": view.local_size} if view.locals else {}
+    for key, size in used.items():
+        if size % patch:
+            near = max(1, round(size / patch)) * patch
+            raise UserError(
+                f"view.{key}={size} px cannot be cut into patches of {patch} px "
+                f"(backbone.patch); take {near}."
+            )
 
 
 def _named(found: dict[str, torch.Tensor], kind: Kind) -> dict[str, torch.Tensor]:
