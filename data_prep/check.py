@@ -4,8 +4,6 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from pydantic import Field
 
 from data_prep import pictures
 from lemon_muse.config import Config
+from lemon_muse.data.ahead import map_ahead
 from lemon_muse.data.files import write_atomic
 from lemon_muse.data.order import Order
 from lemon_muse.data.reader import BlockReader, RoiCropReader, open_reader
@@ -102,7 +101,7 @@ def _read_all(index: Index, workers: int) -> _Seen:
     numbers = range(len(index.blocks))
     bar = tqdm(total=index.count, unit=" nuclei", unit_scale=True, desc="check", disable=None)
     with bar:
-        for block, got in zip(numbers, _ahead(read, numbers, workers), strict=True):
+        for block, got in zip(numbers, map_ahead(read, numbers, workers=workers), strict=True):
             bar.update(int(index.blocks[block]["count"]))
             if isinstance(got, str):
                 seen.problems.append(got)
@@ -117,21 +116,6 @@ def _read_all(index: Index, workers: int) -> _Seen:
                 _note(seen, index, pixels, columns)
             reader.recycle(pixels)
     return seen
-
-
-def _ahead(read: Any, numbers: range, workers: int) -> Iterator[Any]:
-    """`map` in threads that never holds more than a few results."""
-    if workers <= 0:
-        yield from map(read, numbers)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[Any]] = []
-        for number in numbers:
-            waiting.append(pool.submit(read, number))
-            if len(waiting) > 2 * workers:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
 
 
 def _note(seen: _Seen, index: Index, pixels: np.ndarray, columns: dict[str, np.ndarray]) -> None:

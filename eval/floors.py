@@ -123,14 +123,17 @@ def majority_scores(train_labels: np.ndarray, count: int, *, classes: int) -> np
 
 
 def random_encoder(encoder: nn.Module, *, seed: int) -> nn.Module:
-    """The same architecture as a lemon_muse Encoder, freshly initialised as training would do it.
+    """The same architecture as a lemon_muse encoder, freshly initialised as training would do it.
 
     A ViT with MoCo v3's fixed sin-cos positions gets them too; they are not learnt.
     """
     import timm
 
     from lemon_muse.backbones.vit import prepare_moco_vit
+    from lemon_muse.dense import DenseEncoder
 
+    if isinstance(encoder, DenseEncoder):
+        return encoder.fresh(seed=seed)
     fresh = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

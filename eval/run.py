@@ -30,24 +30,47 @@ class Eval(Config):
     """Measure a frozen encoder on a benchmark, beside floors, with intervals over patients."""
 
     encoder: str = Field(
-        description="encoder folder or run folder; random:FOLDER = the same network untrained; "
+        description="encoder folder or run folder; released MUSE file (.pth); timm folder; "
+        "timm:NAME[,checkpoint_path=FILE]; random:ENCODER = the same network untrained; "
         "floor:majority, floor:colour, floor:histogram, floor:pixel_pca (optionally @40px0.25)"
     )
     benchmark: str = Field(description="name of the benchmark: brcam2c, folder")
     root: Path = Field(description="folder of the benchmark's data, in its published layout")
     probe: Literal["knn", "logistic", "linear", "all"] = Field("all", description="probe")
     protocol: Literal["default", "muse"] = Field(
-        "default", description="muse: k chosen on the test set by accuracy, as published"
+        "default",
+        description="muse: k chosen on the test set by accuracy, tokens read with aligned corners, "
+        "as published",
     )
     split: Literal["test", "val"] = Field(
         "test", description="split that is scored; val to compare settings without touching test"
+    )
+    sampler: Literal["auto", "crop", "map", "tokens", "cls"] = Field(
+        "auto",
+        description="crop: the encoder's window around a nucleus; map: MUSE's dense map at the "
+        "nucleus; tokens: a ViT's last patch tokens at the nucleus; cls: class token of a window "
+        "around the nucleus; auto: map or crop, what the encoder is made for",
+    )
+    window: int | None = Field(
+        None, gt=0, description="side of what the network sees, px; none = the encoder's"
+    )
+    valid: int | None = Field(
+        None,
+        gt=0,
+        description="map, tokens: side of the middle of a window that nuclei are read in, px; "
+        "none = 224, or the window where that is smaller",
+    )
+    mpp: float | None = Field(
+        None, gt=0, description="µm per pixel of the window; none = the encoder's"
     )
     floors: bool = Field(True, description="also run every floor with the same probes")
     out: Path = Field(Path("runs/eval"), description="folder for rows, predictions and features")
     seed: int = Field(0, ge=0, description="folds, SGD, PCA, random encoder, bootstrap")
     workers: int = Field(1, ge=0, description="threads that read images ahead")
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto = cuda where there is one")
-    batch: int = Field(256, ge=1, description="nuclei per forward pass")
+    batch: int = Field(
+        256, ge=1, description="nuclei per forward pass; a window of 224 px counts as 8"
+    )
 
 
 def run(cfg: Eval) -> list[dict[str, Any]]:
@@ -61,13 +84,15 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
             without nuclei, a probe that the protocol does not have.
     """
     from eval import benchmarks, sources
+    from eval.samplers import Words
     from eval.summary import summary
 
     benchmark = benchmarks.find(cfg.benchmark)
     probes = _probes(cfg)
     device = _device(cfg.device)
     settings: dict[str, Any] = {"workers": cfg.workers, "device": device, "batch": cfg.batch}
-    subject = sources.resolve(cfg.encoder, seed=cfg.seed, **settings)
+    words = Words(cfg.sampler, cfg.window, cfg.valid, cfg.mpp, _align(cfg))
+    subject = sources.resolve(cfg.encoder, words=words, seed=cfg.seed, **settings)
     table = benchmark.load(cfg.root)
     _describe(benchmark, table, cfg)
     # The same benchmark on other files is another measurement.
@@ -91,6 +116,11 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
         f"\nrows: {cfg.out / 'results.jsonl'}\npredictions: {cfg.out / 'predictions'}", flush=True
     )
     return rows
+
+
+def _align(cfg: Eval) -> Literal["centre", "released"]:
+    """The published evaluation reads tokens with aligned corners, up to half a token beside."""
+    return "released" if cfg.protocol == "muse" else "centre"
 
 
 def _probes(cfg: Eval) -> list[str]:
@@ -193,13 +223,14 @@ def _measure(
                 task=benchmark.task,
                 n=len(scored),
                 seconds=seconds,
-                params=outcome.params,
+                params={**outcome.params, **source.params},
             )
             # The rows come last: a key that has rows has its predictions.
             have = {row["metric"] for row in known if results.key_of(row) == key}
             results.append(path, [row for row in done if row["metric"] not in have])
         print(f"{source.name}: {probe} in {seconds:.1f} s", file=sys.stderr, flush=True)
-        rows += done
+        # Two names may have one hash (an encoder that was not trained, and random weights).
+        rows += [{**row, "encoder": source.name} for row in done]
     return rows
 
 

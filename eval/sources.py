@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval import floors
-from eval.features import cache_key, cached, features
+from eval import floors, samplers, timm_encoders
+from eval.features import cache_key, cached
 from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
 
@@ -18,10 +18,12 @@ WORD = re.compile(r"(?P<name>\w+)(?:@(?P<size>\d+)px(?P<mpp>\d*\.?\d+))?")
 
 @dataclass(frozen=True)
 class Source:
-    """A name, a content hash, the window it sees and how its features are made.
+    """A name, a hash, a window and how its features are made.
 
     `features` maps a table to float32 [n, d]; None for the majority class, which has none.
-    `network` is the encoder where there is one.
+    `size` and `mpp` are the window around one nucleus that floors and pictures take beside it: what
+    it sees, or, where nuclei are read off a map of a larger window, 40 px. `network` is the encoder
+    where there is one, and `look` how it is read; `params` is for the rows.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Source:
     mpp: float
     features: Callable[[Table], np.ndarray] | None
     network: Any = None
+    look: samplers.Look | None = None
+    params: dict[str, float | int | str] = field(default_factory=dict)
 
     @property
     def is_floor(self) -> bool:
@@ -44,49 +48,99 @@ class Source:
         return cached(folder / f"{key}.npy", lambda: compute(table), rows=len(table))
 
 
-def resolve(word: str, *, seed: int, workers: int, device: str, batch: int) -> Source:
+def resolve(
+    word: str,
+    *,
+    seed: int,
+    workers: int,
+    device: str,
+    batch: int,
+    words: samplers.Words = samplers.ALL_OWN,
+) -> Source:
     """The source that the word `encoder=` means.
 
     Args:
-        word: an encoder folder; 'random:<encoder folder>'; 'floor:<name>', optionally with
-            a window, as in 'floor:colour@80px0.5'.
+        word: an encoder folder, a released MUSE file (.pth), a timm folder, 'timm:NAME[,…]';
+            'random:' before any of these; 'floor:<name>', optionally with a window, as in
+            'floor:colour@80px0.5'.
+        words: how features are read off the encoder.
     """
     if word.startswith("floor:"):
-        found = WORD.fullmatch(word.removeprefix("floor:"))
-        if not found or found["name"] not in floors.FLOORS:
+        if words.any:
             raise UserError(
-                f"encoder='{word}' is no floor: use one of "
-                f"{', '.join('floor:' + name for name in floors.FLOORS)}."
+                f"encoder='{word}': sampler=, window=, valid= and mpp= are not for floors; a "
+                f"floor's window stands in its name, as in floor:colour@80px0.5."
             )
-        size = int(found["size"] or floors.WINDOW)
-        mpp = float(found["mpp"] or floors.MPP)
-        if size < 1 or mpp <= 0:
-            raise UserError(f"encoder='{word}': the window needs at least 1 px and mpp above 0.")
-        return floor(found["name"], size=size, mpp=mpp, seed=seed, workers=workers)
+        return _named_floor(word, seed=seed, workers=workers)
+    settings: dict[str, Any] = {"workers": workers, "device": device, "batch": batch}
+    encoder = _open(word.removeprefix("random:"), words, random=word.startswith("random:"))
+    look = samplers.choose(encoder, words)
+    if word.startswith("random:"):
+        return randomised(encoder, seed=seed, look=look, **settings)
+    return from_encoder(encoder, name=encoder.name, look=look, **settings)
+
+
+def _open(word: str, words: samplers.Words, *, random: bool) -> Any:
+    """The encoder of a folder, a file or a timm name."""
     from lemon_muse.encoder import load
 
-    encoder = load(Path(word.removeprefix("random:")))
-    settings: dict[str, Any] = {"workers": workers, "device": device, "batch": batch}
-    if word.startswith("random:"):
-        return randomised(encoder, seed=seed, **settings)
-    return from_encoder(encoder, name=encoder.name, **settings)
+    if word.startswith(timm_encoders.PREFIX):
+        return timm_encoders.from_word(word, mpp=words.mpp, random=random)
+    if timm_encoders.is_timm_folder(Path(word)):
+        return timm_encoders.from_folder(Path(word), mpp=words.mpp)
+    return load(Path(word))
 
 
-def from_encoder(encoder: Any, *, name: str, workers: int, device: str, batch: int) -> Source:
-    """The source of an object that keeps the Encoder contract."""
+def _named_floor(word: str, *, seed: int, workers: int) -> Source:
+    found = WORD.fullmatch(word.removeprefix("floor:"))
+    if not found or found["name"] not in floors.FLOORS:
+        raise UserError(
+            f"encoder='{word}' is no floor: use one of "
+            f"{', '.join('floor:' + name for name in floors.FLOORS)}."
+        )
+    size = int(found["size"] or floors.WINDOW)
+    mpp = float(found["mpp"] or floors.MPP)
+    if size < 1 or mpp <= 0:
+        raise UserError(f"encoder='{word}': the window needs at least 1 px and mpp above 0.")
+    return floor(found["name"], size=size, mpp=mpp, seed=seed, workers=workers)
+
+
+def from_encoder(
+    encoder: Any,
+    *,
+    name: str,
+    workers: int,
+    device: str,
+    batch: int,
+    look: samplers.Look | None = None,
+) -> Source:
+    """The source of an object that keeps the Encoder contract; read its own way by default."""
+    way = look or samplers.choose(encoder)
+    content, name = encoder.content_hash, f"{name}{way.tag}"
 
     def compute(table: Table) -> np.ndarray:
-        return features(encoder, table, batch=batch, workers=workers, device=device, name=name)
+        return samplers.features_of(
+            encoder, way, table, batch=batch, workers=workers, device=device, name=name
+        )
 
-    size, mpp = int(encoder.image_size), float(encoder.mpp)
-    return Source(name, encoder.content_hash, size, mpp, compute, encoder)
+    size = samplers.NUCLEUS if way.valid else way.window
+    params = way.facts(content)
+    return Source(name, way.hash(content), size, way.mpp, compute, encoder, way, params)
 
 
-def randomised(encoder: Any, *, seed: int, workers: int, device: str, batch: int) -> Source:
-    """The same architecture with fresh weights, named 'random:<name>'."""
+def randomised(
+    encoder: Any,
+    *,
+    seed: int,
+    workers: int,
+    device: str,
+    batch: int,
+    look: samplers.Look | None = None,
+) -> Source:
+    """The same architecture with fresh weights, named 'random:<name>', read the same way."""
     fresh = floors.random_encoder(encoder, seed=seed)
     name = f"random:{encoder.name.removeprefix('random:')}"
-    return from_encoder(fresh, name=name, workers=workers, device=device, batch=batch)
+    return from_encoder(fresh, name=name, look=look, workers=workers, device=device, batch=batch)
 
 
 def floor(name: str, *, size: int, mpp: float, seed: int, workers: int) -> Source:
@@ -110,7 +164,7 @@ def floors_of(subject: Source, *, seed: int, workers: int, device: str, batch: i
     out = []
     if subject.network is not None and not subject.is_floor:
         settings: dict[str, Any] = {"workers": workers, "device": device, "batch": batch}
-        out.append(randomised(subject.network, seed=seed, **settings))
+        out.append(randomised(subject.network, seed=seed, look=subject.look, **settings))
     for size, mpp in windows:
         for name in floors.FLOORS[1:]:
             out.append(floor(name, size=size, mpp=mpp, seed=seed, workers=workers))

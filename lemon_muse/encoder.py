@@ -186,7 +186,7 @@ def load(path: Path | str, *, check: bool = True) -> Union[Encoder, "DenseEncode
         UserError: not an encoder folder, weights that do not fit, or another function than saved.
     """
     folder = Path(path)
-    if folder.is_file():
+    if folder.is_file() or folder.suffix == ".pth":
         from lemon_muse.dense import from_released_file
 
         return from_released_file(folder)

@@ -232,7 +232,7 @@ def build_muse(settings: MuseBackbone, *, seed: int) -> MuseNet:
     Raises:
         UserError: a name that timm does not know, or arguments that do not fit.
     """
-    architecture, arguments = _timm_arguments(settings)
+    architecture, arguments = timm_arguments(settings)
     if not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
         raise UserError(
@@ -263,7 +263,7 @@ def build_muse(settings: MuseBackbone, *, seed: int) -> MuseNet:
     )
 
 
-def _timm_arguments(settings: MuseBackbone) -> tuple[str, dict[str, Any]]:
+def timm_arguments(settings: MuseBackbone) -> tuple[str, dict[str, Any]]:
     """The timm architecture and its arguments."""
     architecture, width = VITS.get(settings.name, (settings.name, 0))
     vit = architecture.startswith(("vit_", "deit", "flexivit"))

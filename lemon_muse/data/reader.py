@@ -154,11 +154,38 @@ def open_reader(index: Index) -> BlockReader:
 
 
 class Batches:
-    """Batches of the steps of a run, for one rank, prepared ahead in threads."""
+    """Batches of the steps of a run, for one rank, from any step, prepared ahead in threads.
 
-    reader: BlockReader
+    Args:
+        index: of the set.
+        seed: of the order.
+        batch: global batch size.
+        window: blocks (or ROIs) shuffled together.
+        rank, world: which part.
+        workers: reading threads; 0 reads when asked.
+    """
+
     part: slice | np.ndarray  # which rows of the global batch; an array of them is ascending
-    workers: int
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        seed: int,
+        batch: int,
+        window: int,
+        rank: int,
+        world: int,
+        workers: int,
+    ) -> None:
+        self.index, self.workers = index, workers
+        self.reader = open_reader(index)
+        self.order = Order(self.sizes(index), seed, batch, window)
+        self.part = part(batch, rank, world)
+
+    def sizes(self, index: Index) -> np.ndarray:
+        """How many samples of a batch each block gives, int [n_blocks]."""
+        raise NotImplementedError
 
     def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
         """This rank's part of the batch of a step; with `pool`, its threads read."""
@@ -186,34 +213,14 @@ class Batches:
 
 
 class CropBatches(Batches):
-    """Iterate over a rank's part of the batches, from any step, read ahead in threads.
+    """Batches of crops, as `Batches`. Memory per rank: about window / world blocks."""
 
-    Args:
-        index: of the set.
-        seed: of the order.
-        batch: global batch size.
-        window: blocks shuffled together (memory per rank: about window / world blocks).
-        rank, world: which part.
-        workers: reading threads; 0 reads when asked.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        *,
-        seed: int,
-        batch: int,
-        window: int,
-        rank: int,
-        world: int,
-        workers: int,
-    ) -> None:
-        self.index = index
-        self.reader = open_reader(index)
-        self.order = Order(index.blocks["count"], seed, batch, window)
-        self.part = part(batch, rank, world)
-        self.workers = workers
+    def __init__(self, index: Index, **settings: int) -> None:
+        super().__init__(index, **settings)
         self._blocks: dict[int, Future[np.ndarray] | np.ndarray] = {}
+
+    def sizes(self, index: Index) -> np.ndarray:
+        return np.asarray(index.blocks["count"])
 
     def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
         """{'pixels': uint8 [b, S, S, 3], 'samples': int64 [b]} of this rank at a step."""

@@ -5,33 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from lemon_muse.data.order import Order, part
-from lemon_muse.data.reader import Batches, RoiReader
+from lemon_muse.data.reader import Batches
 from lemon_muse.data.shards import Index
 
 
 class RoiBatches(Batches):
-    """A rank's part of the batches of ROIs; arguments as for `CropBatches`.
+    """A rank's part of the batches of ROIs; arguments as for `Batches`.
 
     The order is that of crops with blocks of one sample: a permutation of all ROIs in each pass.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        seed: int,
-        batch: int,
-        window: int,
-        rank: int,
-        world: int,
-        workers: int,
-    ) -> None:
-        self.index = index
-        self.reader = RoiReader(index)
-        self.order = Order(np.ones(len(index.blocks), np.int64), seed, batch, window)
-        self.part = part(batch, rank, world)
-        self.workers = workers
+    def sizes(self, index: Index) -> np.ndarray:
+        return np.ones(len(index.blocks), np.int64)
 
     def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
         """This rank's ROIs at a step.

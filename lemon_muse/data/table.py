@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lemon_muse.data import geometry
+from lemon_muse.data.ahead import map_ahead
 from lemon_muse.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -135,18 +135,7 @@ class Table:
         def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return self._image_crops(rows, part, size=size, mpp=mpp, edge=edge)
 
-        if workers <= 0:
-            yield from map(read, parts)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            ahead: list[Future[tuple[np.ndarray, np.ndarray]]] = []
-            for part in parts:
-                ahead.append(pool.submit(read, part))
-                # Bounded: crops of a large window would otherwise pile up in memory.
-                if len(ahead) > 2 * workers:
-                    yield ahead.pop(0).result()
-            for future in ahead:
-                yield future.result()
+        yield from map_ahead(read, parts, workers=workers)
 
     def _image_crops(
         self, rows: np.ndarray, part: np.ndarray, *, size: int, mpp: float, edge: str

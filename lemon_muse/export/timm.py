@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lemon_muse.backbones.muse import _timm_arguments
+from lemon_muse.backbones.muse import timm_arguments
 from lemon_muse.data.files import write_atomic
 from lemon_muse.dense import DenseEncoder
 from lemon_muse.encoder import Encoder, save_encoder
@@ -46,7 +46,7 @@ def write(encoder: FrozenEncoder, folder: Path, card: dict[str, Any]) -> float:
 
 def image_encoder(encoder: DenseEncoder) -> Encoder:
     """The ViT or ResNet of a MUSE network as an encoder of windows; weights are shared."""
-    architecture, arguments = _timm_arguments(encoder.settings)
+    architecture, arguments = timm_arguments(encoder.settings)
     # Stochastic depth belongs to pretraining; whoever trains on chooses it anew.
     arguments = {k: v for k, v in arguments.items() if k != "drop_path_rate"}
     # timm resamples positions in its own way: only the table's own size gives the same features.

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lemon_muse.backbones.muse import MuseBackbone, MuseNet, build_muse
+from lemon_muse.dense import DenseEncoder
 from lemon_muse.encoder import Encoder, save_encoder
 
 NAMES = {
@@ -96,3 +98,30 @@ def write_brca(root: Path) -> Path:
 
 def labels_of(root: Path, name: str) -> Path:
     return root / "labels" / f"{name}_gt_class_coords.txt"
+
+
+def dense_network(*, seed: int = 0, **changes: Any) -> MuseNet:
+    """A MUSE network of two blocks of width 32 whose batch norm has seen something."""
+    given: dict[str, Any] = {"name": "vit_tiny", "patch": 8, "heads": 1, "image": 64}
+    settings = MuseBackbone(**{**given, "args": {"depth": 2, "embed_dim": 32}, **changes})
+    network = build_muse(settings, seed=seed)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    # Stochastic depth draws from the global generator.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.train()(images)
+    return network.eval()
+
+
+def dense_encoder(*, seed: int = 0, called: str = "dense", **changes: Any) -> DenseEncoder:
+    """A `DenseEncoder` of 64 px windows at 0.5 µm/px around `dense_network`."""
+    encoder = DenseEncoder(
+        dense_network(seed=seed, **changes),
+        image_size=64,
+        mpp=0.5,
+        mpp_range=(0.25, 0.5),
+        mean=(0.6, 0.4, 0.55),
+        std=(0.2, 0.2, 0.15),
+        name=called,
+    )
+    return encoder.eval().requires_grad_(False)

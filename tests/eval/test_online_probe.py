@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from eval.benchmarks import BENCHMARKS
-from eval.online import online_probe, patient_halves
+from eval.dense import dense_features, joined, windows_of
+from eval.online import DenseProbe, online_probe, patient_halves
+from lemon_muse.config import load
 from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
+from lemon_muse.recipe import Train
 from lemon_muse.synthetic import write_images
-from tests.eval.standins import TinyEncoder
+from tests.eval.standins import TinyEncoder, dense_encoder
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,64 @@ def test_without_val_it_says_so(tissue: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     with pytest.raises(UserError, match="no val nucleus"):
         online_probe("folder", tissue, size=40, mpp=0.25)
+
+
+def test_a_dense_probe_equals_a_plain_loop_over_its_windows(tissue: Path) -> None:
+    net = dense_encoder()
+    probe = online_probe("folder", tissue, size=96, mpp=0.5, seed=2, dense=True, valid=64)
+    net.network.decoder.train()  # type: ignore[union-attr]
+    found = probe(net)
+    assert net.network.decoder.training and not net.network.encoder.training  # type: ignore[union-attr]
+    table = BENCHMARKS["folder"].load(tissue)
+    sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(2))
+    # No cap was reached: every nucleus of val takes part.
+    net.eval()
+    whole = dense_features(net, table, window=96, valid=64, mpp=0.5)
+    x = [whole[rows].astype(np.float64) for rows in sides]
+    x = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in x]
+    truth, guess = [], []
+    for i, j in ((0, 1), (1, 0)):
+        bank = table.label[sides[i]]
+        for query, label in zip(x[j], table.label[sides[j]], strict=True):
+            near = np.argsort(-(x[i] @ query))[:20]
+            votes = np.bincount(bank[near], np.exp(x[i][near] @ query / 0.07), minlength=5)
+            truth.append(label)
+            guess.append(votes.argmax())
+    right = np.array(truth) == np.array(guess)
+    recall = [right[np.array(truth) == k].mean() for k in np.unique(truth)]
+    assert found["probe/knn_balanced_accuracy"] == pytest.approx(np.mean(recall), abs=0.02)
+
+
+def test_a_dense_probe_keeps_whole_windows_below_the_cap(tissue: Path) -> None:
+    table = BENCHMARKS["folder"].load(tissue)
+    sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(0))
+    probe = online_probe("folder", tissue, size=64, mpp=0.5, cap=8, dense=True)
+    every = joined(list(windows_of(table, window=64, valid=64, mpp=0.5)))
+    for part, rows in zip(probe.windows, sides, strict=True):  # type: ignore[attr-defined]
+        assert 0 < len(part.rows) <= 8 and set(part.rows) < set(rows)
+        held = every.owner[np.isin(every.rows, part.rows)]
+        inside = np.isin(every.owner, held)
+        assert inside.sum() == len(part.rows)  # no nucleus of a window was left out
+    one = online_probe("folder", tissue, size=64, mpp=0.5, cap=1, dense=True)
+    assert all(len(part) == 1 for part in one.windows)  # type: ignore[attr-defined]
+    again = online_probe("folder", tissue, size=64, mpp=0.5, cap=8, dense=True)
+    assert probe(dense_encoder()) == again(dense_encoder())
+
+
+def test_a_training_run_asks_for_the_probe_of_its_method(tissue: Path) -> None:
+    from launch.training import online_probe as of_run
+
+    asked = ["data=nowhere", "probe.benchmark=folder", f"probe.root={tissue}", "seed=3"]
+    muse = load(Train, [*asked, "method.name=muse"])
+    probe = of_run(muse)
+    assert isinstance(probe, DenseProbe) and probe.bf16
+    assert all(part.pixels.shape[1:] == (224, 224, 3) for part in probe.windows)
+    twin = online_probe("folder", tissue, size=224, mpp=0.5, seed=3, dense=True, bf16=True)
+    for part, other in zip(probe.windows, twin.windows, strict=True):  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(part.pixels, other.pixels)
+        np.testing.assert_array_equal(part.points, other.points)
+    other = of_run(load(Train, [*asked, "method.name=muse", "probe.window=64", "probe.mpp=0.25"]))
+    assert isinstance(other, DenseProbe) and other.windows[0].pixels.shape[1] == 64
+    with pytest.raises(UserError, match=r"probe\.window and probe\.mpp are for muse"):
+        of_run(load(Train, [*asked, "probe.window=64"]))
+    assert of_run(load(Train, ["data=nowhere"])) is None
