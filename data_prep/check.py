@@ -15,10 +15,10 @@ from data_prep import pictures
 from lemon_muse.config import Config
 from lemon_muse.data.ahead import map_ahead
 from lemon_muse.data.files import write_atomic
+from lemon_muse.data.moments import Moments
 from lemon_muse.data.order import Order
 from lemon_muse.data.reader import BlockReader, RoiCropReader, open_reader
 from lemon_muse.data.shards import COLUMNS, ROI_COLUMNS, ROI_FACTS, Index, open_index
-from lemon_muse.data.writer import Moments
 from lemon_muse.errors import RunError, UserError
 
 STRIDE = 4  # of the pixels of ROIs that count for mean and std

@@ -20,8 +20,9 @@ from lemon_muse.config import Config
 from lemon_muse.data import geometry
 from lemon_muse.data.codec import encode_image
 from lemon_muse.data.files import write_atomic
+from lemon_muse.data.moments import Moments
 from lemon_muse.data.shards import ROI_COLUMNS, open_index
-from lemon_muse.data.writer import Moments, ShardWriter, check_encoding
+from lemon_muse.data.writer import ShardWriter, check_encoding
 from lemon_muse.errors import UserError
 
 STRIDE = 4  # of the pixels that mean and std are taken from, in both directions

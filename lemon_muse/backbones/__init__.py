@@ -4,6 +4,7 @@ Every backbone is a timm model with recorded arguments, so that what is trained 
 timm unchanged. Short names are ViTs for small windows; any other name is looked up in timm.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
@@ -64,6 +65,26 @@ def timm_arguments(settings: Backbone, window: int) -> tuple[str, dict[str, Any]
     return settings.name, dict(settings.args)
 
 
+def create(
+    name: str, architecture: str, arguments: dict[str, Any], *, short: Iterable[str]
+) -> nn.Module:
+    """A timm model without classifier, at random; `name` is what the user called it.
+
+    Raises:
+        UserError: neither one of the `short` names nor one of timm's, or arguments that misfit.
+    """
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+        raise UserError(
+            f"backbone.name '{name}' is neither {', '.join(short)} nor a timm model"
+            + (f"; near names: {', '.join(near)}." if near else ".")
+        )
+    try:
+        return timm.create_model(architecture, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"timm cannot build {architecture} with {arguments}: {error}.") from None
+
+
 def build(settings: Backbone, window: int, *, seed: int) -> nn.Module:
     """A freshly initialised backbone: float [B, 3, window, window] -> [B, num_features].
 
@@ -71,20 +92,9 @@ def build(settings: Backbone, window: int, *, seed: int) -> nn.Module:
         UserError: a name that timm does not know, arguments that do not fit.
     """
     architecture, arguments = timm_arguments(settings, window)
-    if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
-        raise UserError(
-            f"backbone.name '{settings.name}' is neither {', '.join(VITS)} nor a timm model"
-            + (f"; near names: {', '.join(near)}." if near else ".")
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            network = timm.create_model(architecture, num_classes=0, **arguments)
-        except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(
-                f"timm cannot build {architecture} with {arguments}: {error}."
-            ) from None
+        network = create(settings.name, architecture, arguments, short=VITS)
         if isinstance(network, timm.models.VisionTransformer):
             prepare_moco_vit(network, freeze_patch=settings.freeze_patch, sincos=settings.sincos)
     return network

@@ -7,7 +7,6 @@ and dino_vision_transformer.py of alibaba-damo-academy/MUSE.
 
 from typing import Annotated, Any, Literal, cast
 
-import timm
 import torch
 from pydantic import Field
 from timm.layers import DropPath
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lemon_muse.backbones import create
 from lemon_muse.backbones.muse_decoder import STRIDES, Convention, Decoder, SkipDrop
 from lemon_muse.config import Config
 from lemon_muse.errors import UserError
@@ -233,20 +233,9 @@ def build_muse(settings: MuseBackbone, *, seed: int) -> MuseNet:
         UserError: a name that timm does not know, or arguments that do not fit.
     """
     architecture, arguments = timm_arguments(settings)
-    if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
-        raise UserError(
-            f"backbone.name '{settings.name}' is neither {', '.join(VITS)} nor a timm model"
-            + (f"; near names: {', '.join(near)}." if near else ".")
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            network = timm.create_model(architecture, num_classes=0, **arguments)
-        except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(
-                f"timm cannot build {architecture} with {arguments}: {error}."
-            ) from None
+        network: Any = create(settings.name, architecture, arguments, short=VITS)
         # Subclasses have tokens or positions of their own.
         if type(network) is VisionTransformer:
             if network.pos_embed is None or network.embed_dim % 4:
