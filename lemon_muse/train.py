@@ -6,6 +6,7 @@ bit-identical results on the CPU, on any number of ranks the same samples and vi
 """
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from lemon_muse.recipe import FREE, Train, shard_facts
 from lemon_muse.stop import Stop
 
 Probe = Callable[[Any], dict[str, float]]
+FEW = 8  # features that always lie near one line, as those of a collapse do
 
 
 def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None = None) -> Path:
@@ -280,13 +282,15 @@ class Loop:
     ) -> None:
         if self.cfg.watch.collapse == "off":
             return
+        if len(self.features) < FEW:
+            health = {**health, "effective_rank": math.inf, "top_share": 0.0}
         sentence = collapse.diagnose(
             health,
             loss=loss,
             chance=chance,
             step=self.step,
             steps=self.cfg.steps,
-            dim=min(self.features.shape),  # n rows span n dimensions at most
+            dim=self.features.shape[1],
         ) or self.method.judge({"step": self.step, **scalars})
         hit = distributed.agree([sentence is not None], self.device)[0]
         if hit and self.cfg.watch.collapse == "stop":

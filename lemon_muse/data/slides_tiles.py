@@ -72,22 +72,25 @@ class Tiles:
             return out
         for row in range(top // th, (bottom - 1) // th + 1):
             for column in range(left // tw, (right - 1) // tw + 1):
-                tile = self._cached(level, row, column)
                 x0, y0 = max(left, column * tw), max(top, row * th)
                 x1, y1 = min(right, (column + 1) * tw), min(bottom, (row + 1) * th)
+                # The neighbours of this rectangle need tiles at its border alone.
+                is_whole = (x1 - x0, y1 - y0) == (tw, th)
+                tile = self._tile(level, row, column, keep=not is_whole)
                 part = tile[y0 - row * th : y1 - row * th, x0 - column * tw : x1 - column * tw]
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return out
 
-    def _cached(self, level: int, row: int, column: int) -> np.ndarray:
+    def _tile(self, level: int, row: int, column: int, *, keep: bool) -> np.ndarray:
         key = (level, row, column)
         tile = self._kept.get(key)
         if tile is not None:
             self._kept.move_to_end(key)
             return tile
         tile = self.decode(level, row, column)
-        self._kept[key] = tile
-        self._bytes += tile.nbytes
+        if keep:
+            self._kept[key] = tile
+            self._bytes += tile.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return tile

@@ -155,14 +155,14 @@ def _regions(source: str, path: Path, rounds: int = 3) -> list[dict]:
         for where, places in corners.items():
             peer = "openslide, read_region + convert"
             work = {peer: _roi_openslide, "Slide.region": _roi_region}
-            first = [work[name](path, side, places[:2].tolist()) for name in work]
+            first = [read(path, side, places[:2]) for read in work.values()]
             if not all(np.array_equal(a, b) for a, b in zip(*first, strict=True)):
                 raise ValueError(f"the ROIs of {source} differ from openslide's")
             times: dict[str, list[float]] = {name: [] for name in work}
             for _ in range(rounds):
                 for name, read in work.items():
                     began = time.process_time()
-                    seen = len(read(path, side, places.tolist()))
+                    seen = sum(1 for _ in read(path, side, places))
                     times[name].append((time.process_time() - began) / seen)
             rates = {name: 1 / statistics.median(t) for name, t in times.items()}
             for name, rate in rates.items():
@@ -171,17 +171,16 @@ def _regions(source: str, path: Path, rounds: int = 3) -> list[dict]:
     return rows
 
 
-def _roi_openslide(path: Path, side: int, corners: list[tuple[int, int]]) -> list[np.ndarray]:
+def _roi_openslide(path: Path, side: int, corners: np.ndarray) -> Iterator[np.ndarray]:
     with openslide.OpenSlide(path) as slide:
-        return [
-            np.asarray(slide.read_region((x, y), 0, (side, side)).convert("RGB"))
-            for x, y in corners
-        ]
+        for corner in corners.tolist():
+            yield np.asarray(slide.read_region(corner, 0, (side, side)).convert("RGB"))
 
 
-def _roi_region(path: Path, side: int, corners: list[tuple[int, int]]) -> list[np.ndarray]:
+def _roi_region(path: Path, side: int, corners: np.ndarray) -> Iterator[np.ndarray]:
     with open_slide(path) as slide:
-        return [slide.region(x, y, side, side, mpp=slide.mpp) for x, y in corners]
+        for x, y in corners.tolist():
+            yield slide.region(x, y, side, side, mpp=slide.mpp)
 
 
 def _row(
