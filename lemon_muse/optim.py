@@ -54,6 +54,14 @@ class Optim(Config):
         return cosine(step, steps, start=self.weight_decay, end=self.end_weight_decay)
 
 
+def clip(optimiser: torch.optim.Optimizer, limit: float) -> dict[str, float]:
+    """Clip the global gradient norm to `limit` (0: not at all); what is to be logged."""
+    if not limit:
+        return {}
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    return {"grad_norm": float(torch.nn.utils.clip_grad_norm_(parameters, limit))}
+
+
 def build(groups: list[dict[str, Any]], settings: Optim) -> torch.optim.Optimizer:
     """The optimiser over `method.param_groups()`."""
     decayed = []

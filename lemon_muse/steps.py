@@ -4,6 +4,7 @@ The loop trains on it; whoever wants to look at a step comes here too, and sees 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,19 @@ def open_batches(
 def views_of(cfg: Train, step: int, draw: Draw) -> Views:
     """Parameters of the views of a step for the global batch; `draw` is the method's."""
     return draw(cfg.batch, torch.Generator().manual_seed(mix(cfg.seed, step, VIEWS)))
+
+
+def parts(batch: dict[str, torch.Tensor], views: Views, count: int) -> list[dict[str, Any]]:
+    """A rank's batch and its rows of the views in `count` equal parts."""
+    each = len(batch["pixels"]) // count
+    cuts = [slice(i * each, (i + 1) * each) for i in range(count)]
+    return [
+        {
+            **{k: v[c] for k, v in batch.items()},
+            "views": [{k: v[c] for k, v in view.items()} for view in views],
+        }
+        for c in cuts
+    ]
 
 
 def precision(cfg: Train) -> torch.dtype:

@@ -17,8 +17,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir, steps
-from lemon_muse.backbones.muse import ResNetTaps, ViTTaps
-from lemon_muse.backbones.muse_decoder import Decoder
 from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
 from lemon_muse.data.shards import Index
@@ -151,12 +149,8 @@ class Loop:
         runner: nn.Module = self.method
         if self.cfg.compile:
             # Only the networks: views have data-dependent branches that are not worth a graph.
-            for module in self.method.modules():
-                # MUSE calls the parts of a timm network, which itself is not called.
-                if hasattr(module, "forward_features") or isinstance(
-                    module, ViTTaps | ResNetTaps | Decoder
-                ):
-                    module.compile()
+            for module in self.method.networks():
+                module.compile()
         if distributed.world() > 1:
             where = [self.device] if self.device.type == "cuda" else None
             # Buffers (BN statistics of SyncBN) are equal on all ranks by construction.
@@ -196,7 +190,7 @@ class Loop:
         bad, signalled = distributed.agree([not bool(loss.isfinite()), stop.wanted], self.device)
         if bad:
             self._not_finite(loss, batch)
-        norm = self._clip()
+        norm = optim.clip(self.optimiser, cfg.optim.clip)
         self.method.before_step(step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -217,26 +211,12 @@ class Loop:
         views = steps.views_of(cfg, self.step, self.method.draw)
         rows = part(cfg.batch, distributed.rank(), world)
         views = [{k: v[rows] for k, v in view.items()} for view in views]
-        each = len(mine["pixels"]) // cfg.accumulate
-        cuts = [slice(i * each, (i + 1) * each) for i in range(cfg.accumulate)]
-        return [
-            {
-                **{k: v[c] for k, v in mine.items()},
-                "views": [{k: v[c] for k, v in view.items()} for view in views],
-            }
-            for c in cuts
-        ]
+        return steps.parts(mine, views, cfg.accumulate)
 
     def _count_flops(self, batch: dict[str, Any]) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.flops = flops.of_step(self.method, self._parts(batch)[0])
         self.peak = flops.peak(self.device, self.dtype)
-
-    def _clip(self) -> dict[str, float]:
-        if not self.cfg.optim.clip:
-            return {}
-        parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
-        return {"grad_norm": float(nn.utils.clip_grad_norm_(parameters, self.cfg.optim.clip))}
 
     def _not_finite(self, loss: torch.Tensor, batch: dict[str, Any]) -> None:
         """Stop before the optimiser touches the weights, and say where it came from."""

@@ -62,6 +62,10 @@ class Method(nn.Module, ABC):
         monitors) and further scalars to be logged, each to be averaged over ranks.
         """
 
+    def networks(self) -> list[nn.Module]:
+        """What torch.compile is worth for; by default every timm network."""
+        return [m for m in self.modules() if m is not self and hasattr(m, "forward_features")]
+
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimiser; only tensors that need a gradient."""

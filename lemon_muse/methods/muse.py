@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from lemon_muse import dino, ema
-from lemon_muse.backbones.muse import MuseNet, ViTTaps, build_muse
+from lemon_muse.backbones.muse import MuseNet, ResNetTaps, ViTTaps, build_muse
+from lemon_muse.backbones.muse_decoder import Decoder
 from lemon_muse.backbones.sampling import sample
 from lemon_muse.data import roi_nuclei, roi_views
 from lemon_muse.data.roi_views_config import RoiViewConfig
@@ -108,8 +109,7 @@ class Muse(Method):
         return roi_views.make(batch, self.view, mpp=s.mpp, mean=s.mean, std=s.std)[0]
 
     def _net(self, who: str) -> MuseNet:
-        net = getattr(self, who)["backbone"]
-        assert isinstance(net, MuseNet)
+        net: MuseNet = getattr(self, who)["backbone"]
         return net
 
     def _pass(
@@ -196,6 +196,10 @@ class Muse(Method):
             total, weight = total + before[0], weight + before[1]
         self._sums[kind] = (total, weight)
         return Teacher(prototypes, centre.value.clone(), temperature)
+
+    def networks(self) -> list[nn.Module]:
+        # The parts: a timm network inside them is read block by block, and never called itself.
+        return [m for m in self.modules() if isinstance(m, ViTTaps | ResNetTaps | Decoder)]
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
