@@ -28,7 +28,8 @@ SMALL = ["brca_muse.yaml"]
 # The published sizes; the batch is what a CPU can hold.
 FULL = ["muse_vits16.yaml", "view.local_size=96"]
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from lemon_muse import dino
 from lemon_muse.matching import Teacher
 torch.manual_seed(0)
@@ -38,11 +39,15 @@ w = unit(torch.randn(prototypes, 256), dim=1).requires_grad_()
 keys = [torch.arange(nuclei)] * 2 + [torch.arange(i, i + nuclei // 8) for i in range(8)]
 x = [unit(torch.randn(len(k), 256), dim=1).requires_grad_() for k in keys]
 y = [unit(torch.randn(nuclei, 256), dim=1) for _ in range(2)]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 target = Teacher(w.detach(), torch.zeros(prototypes), 0.04)
 out = dino.nucleus_loss(x, y, keys, w, target, rois=1, slots=2 * nuclei, chunk=chunk)
 out["loss"].backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(resident("VmHWM") - before)
 """
 
 
