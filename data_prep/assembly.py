@@ -6,7 +6,6 @@ sums the groups up. Any piece can be killed and done again; processes started wi
 share the pieces (`claims`); slides that come later make new groups and leave the old ones alone.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.claims import claim
-from data_prep.pool import in_processes
+from data_prep.claims import claim, is_held
+from data_prep.plan import PLAN, make_plan, read_plan
+from data_prep.pool import CRASH, in_processes
 from data_prep.sources import Source
-from lemon_muse.data.files import write_atomic
 from lemon_muse.data.writer import has_record, write_index
 from lemon_muse.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
 POLL = 2.0  # seconds between looks at what other processes are doing
 BUSY = "busy"
 
@@ -70,15 +68,15 @@ def assemble(job: Job, sources: list[Source]) -> int:
         UserError: `out` holds a set of other settings or of other nuclei; a slide cannot be cut.
         RunError: the disk is full.
     """
-    plan, added = _plan(job, sources)
+    plan, added = make_plan(job, sources)
     if not added and _is_complete(job, plan):
-        shutil.rmtree(job.out / "work", ignore_errors=True)
+        _sweep(job)
         return 0
     known = {source.slide: source for source in sources}
     failed: dict[str, str] = {}
     is_told = False
     while True:
-        busy = _round(job, plan, known, failed)
+        busy = _round(job, plan, known, failed, first=not is_told)
         left = [g for g in range(len(plan)) if not has_record(job.out, g)]
         if not left or (failed and not busy):
             break
@@ -86,35 +84,65 @@ def assemble(job: Job, sources: list[Source]) -> int:
             log.warning("waiting for %d pieces that other processes are working on", busy)
             is_told = True
         time.sleep(POLL)
-    if failed:
+    if left:
         first = next(iter(failed.values()))
+        first += "" if first.endswith((".", "!")) else "."
         more = f" ({len(failed) - 1} more slides failed)" if len(failed) > 1 else ""
         raise UserError(
             f"{first}{more} All other slides are done and kept: mend it, or take it out of the "
             f"data, and run the same words again."
         )
     with claim(job.out / "work" / "index", wait=True):
-        write_index(job.out, list(range(len(plan))), {"source": job.settings})
-    shutil.rmtree(job.out / "work", ignore_errors=True)
+        # Meanwhile another process may have begun, or ended, to extend the set.
+        now = list(range(len(read_plan(job)["groups"])))
+        is_last = all(has_record(job.out, group) for group in now)
+        groups = now if is_last else list(range(len(plan)))
+        write_index(job.out, groups, {"source": job.settings})
+    if is_last:
+        _sweep(job)
     return sum(map(len, plan))
 
 
+def _sweep(job: Job) -> None:
+    """Remove what is of no use beside a finished set: parts, and what killed jobs have left."""
+    shutil.rmtree(job.out / "work", ignore_errors=True)
+    index = json.loads((job.out / "index.json").read_text(encoding="utf-8"))
+    listed = {shard["name"] for shard in index["shards"]}
+    left = [p for p in job.out.glob(f"{index['kind']}-[0-9]*-[0-9]*.tar") if p.name not in listed]
+    for name in (f"{index['kind']}-*.tar", "index.json", "blocks.npy", PLAN, "groups/*"):
+        left += job.out.glob(f"{name}.*.tmp")
+    for path in left:
+        path.unlink(missing_ok=True)
+
+
 def _round(
-    job: Job, plan: list[list[str]], known: dict[str, Source], failed: dict[str, str]
+    job: Job,
+    plan: list[list[str]],
+    known: dict[str, Source],
+    failed: dict[str, str],
+    *,
+    first: bool,
 ) -> int:
-    """Do every piece that nobody else is doing; returns how many others hold."""
+    """Do every piece that nobody else is doing and that did not fail; returns how many others hold.
+
+    After the first round what others hold is looked up here: to start processes only for finding
+    that out would keep the processor busy.
+    """
     from tqdm import tqdm
 
     missing = {g: {s for s in slides if not is_cut(job.part(s), known[s])}
                for g, slides in enumerate(plan) if not has_record(job.out, g)}  # fmt: skip
     queue: deque[str] = deque()
-    for group, slides in missing.items():
-        queue += [f"cut {known[s].model_dump_json()}" for s in plan[group] if s in slides]
-        if not slides:
-            queue.append(f"merge {group}")
-    of_slide = {s: g for g in missing for s in plan[g]}
-    total = sum(known[s].count for g in missing for s in missing[g])
     busy = 0
+    for group, slides in missing.items():
+        for slide in [s for s in plan[group] if s in slides and s not in failed]:
+            if not first and is_held(job.part(slide)):
+                busy += 1
+            else:
+                queue.append(f"cut {group} {known[slide].model_dump_json()}")
+        if not slides and f"group {group}" not in failed:
+            queue.append(f"merge {group}")
+    total = sum(known[s].count for g in missing for s in missing[g])
     work = partial(_piece, job=job, plan=plan)
     bar = tqdm(total=total, unit=" nuclei", unit_scale=True, desc="cut", disable=None)
     with bar:
@@ -123,18 +151,32 @@ def _round(
             busy += result == BUSY
             if verb == "merge":
                 if problem:
-                    failed[f"group {rest}"] = problem
+                    failed[f"group {rest}"] = _named(f"group {rest}", item, problem)
                 continue
-            source = Source.model_validate_json(rest)
+            group, source = int(rest.split(" ")[0]), _source(rest)
             if problem:
-                failed[source.slide] = problem
+                failed[source.slide] = _named(str(source.path), item, problem)
             elif result != BUSY:
                 bar.update(source.count)
-                group = of_slide[source.slide]
+                # Others have cut the rest of the group, perhaps: whoever is last merges it, so that
+                # the parts of a group, not of the whole set, lie on the disk.
                 missing[group].discard(source.slide)
+                missing[group] -= {s for s in missing[group] if is_cut(job.part(s), known[s])}
                 if not missing[group]:
-                    queue.appendleft(f"merge {group}")  # its parts make room
+                    queue.appendleft(f"merge {group}")
     return busy
+
+
+def _source(text: str) -> Source:
+    """The slide of a piece: '<group> <source as JSON>'."""
+    return Source.model_validate_json(text.split(" ", 1)[1])
+
+
+def _named(name: str, item: str, problem: str) -> str:
+    """The problem of a piece in the user's words: a piece is no name that they know."""
+    if problem == CRASH and name.startswith("group "):
+        return f"the process that mixed {name} was killed, perhaps for want of memory."
+    return f"{name}: {problem}" if problem == CRASH else problem.replace(f"{item}: ", f"{name}: ")
 
 
 def _piece(text: str, *, job: Job, plan: list[list[str]]) -> str:
@@ -155,11 +197,13 @@ def _piece(text: str, *, job: Job, plan: list[list[str]]) -> str:
             for slide in plan[group]:
                 shutil.rmtree(job.part(slide).parent, ignore_errors=True)
         return ""
-    source = Source.model_validate_json(rest)
+    source = _source(rest)
     with claim(job.part(source.slide)) as mine:
         if not mine:
             return BUSY
-        if not is_cut(job.part(source.slide), source):
+        # A group that stands has no parts any more: another process was faster.
+        is_done = has_record(job.out, int(rest.split(" ")[0]))
+        if not is_done and not is_cut(job.part(source.slide), source):
             job.cut(source, job.part(source.slide))
     return ""
 
@@ -182,71 +226,10 @@ def read_key(part: Path) -> str:
         return ""
 
 
-def _plan(job: Job, sources: list[Source]) -> tuple[list[list[str]], int]:
-    """Groups of slides, and how many slides are new; a plan grows, merged groups never change."""
-    job.out.mkdir(parents=True, exist_ok=True)
-    path = job.out / PLAN
-    with claim(job.out / "work" / "plan", wait=True):
-        old: dict[str, Any] = {"groups": [], "keys": {}}
-        if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            _compare(job, old["settings"])
-        elif (job.out / "index.json").is_file() or has_record(job.out, 0):
-            raise UserError(f"{job.out} holds shards of another making; give another out=.")
-        keys = {source.slide: source.key for source in sources if source.count}
-        groups: list[list[str]] = []
-        for number, slides in enumerate(old["groups"]):
-            if has_record(job.out, number):
-                changed = [s for s in slides if s in keys and keys[s] != old["keys"][s]]
-                if changed:
-                    raise UserError(
-                        f"the nuclei of {changed[0]} have changed since they were cut into "
-                        f"{job.out}; give another out=, or delete that folder."
-                    )
-                groups.append(slides)
-            else:
-                groups.append([s for s in slides if s in keys])
-        there = {slide for slides in groups for slide in slides}
-        new = [source for source in sources if source.count and source.slide not in there]
-        groups += _deal(job, new)
-        gone = len([s for s in there if s not in keys])
-        if gone:
-            log.warning("%d slides of %s are no longer in the data; they stay", gone, job.out)
-        plan = {"settings": job.settings, "groups": groups, "keys": old["keys"] | keys}
-        write_atomic(path, json.dumps(plan, indent=1).encode())
-    return groups, len(new)
-
-
-def _deal(job: Job, sources: list[Source]) -> list[list[str]]:
-    """Groups of slides in a random order that depends on nothing but their names and the seed."""
-
-    def draw(source: Source) -> bytes:
-        return hashlib.blake2b(f"{job.seed}/{source.slide}".encode()).digest()
-
-    groups: list[list[str]] = []
-    size = 0
-    for source in sorted(sources, key=draw):
-        each = source.count * job.bytes_each
-        if not groups or len(groups[-1]) >= job.group or (size and size + each > job.scratch):
-            groups.append([])
-            size = 0
-        groups[-1].append(source.slide)
-        size += each
-    return groups
-
-
-def _compare(job: Job, before: dict[str, Any]) -> None:
-    now = job.settings
-    changed = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
-    if changed:
-        raise UserError(
-            f"{job.out} holds shards made with other settings ({'; '.join(changed[:3])}); "
-            f"give another out=, or delete that folder."
-        )
-
-
 def _is_complete(job: Job, plan: list[list[str]]) -> bool:
     path = job.out / "index.json"
     if not path.is_file() or not (job.out / "blocks.npy").is_file():
         return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["groups"] == list(range(len(plan))))
+    groups = list(range(len(plan)))
+    is_whole = json.loads(path.read_text(encoding="utf-8"))["groups"] == groups
+    return bool(is_whole and all(has_record(job.out, group) for group in groups))

@@ -123,12 +123,14 @@ def _note(seen: _Seen, index: Index, pixels: np.ndarray, columns: dict[str, np.n
     names = np.broadcast_to(columns["slide"], count)
     patients = np.broadcast_to(columns["patient"], count)
     codes = seen.code(names)
-    salts = np.array([_salt(name) for name in seen.names], np.uint64)
+    here, row = np.unique(names, return_inverse=True)
+    salts = np.array([_salt(name) for name in here.tolist()], np.uint64)
     ids = columns["id"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    seen.keys.append(ids ^ salts[codes])
+    seen.keys.append(ids ^ salts[row])
     seen.slides.append(codes)
     for patient, number in zip(*np.unique(patients, return_counts=True), strict=True):
-        seen.patients[str(patient)] += int(number)
+        if patient:
+            seen.patients[str(patient)] += int(number)
     looked = pixels if index.kind == "crops" else pixels[::STRIDE, ::STRIDE]
     before, area = seen.moments.sums[0].sum(), looked.size
     seen.moments.add(looked)
@@ -157,7 +159,13 @@ def _repeated(index: Index, seen: _Seen) -> list[str]:
 
 def _compare_tars(index: Index) -> list[str]:
     """What a plain tar reader sees must be what the index says."""
-    problems = []
+    listed = {shard["name"] for shard in index.header["shards"]}
+    problems = [
+        f"{path.name} is in the folder but not in the index; plain tar readers would read it: "
+        f"run the job that made the set again, or delete it"
+        for path in sorted(index.folder.glob(f"{index.kind}-*.tar"))
+        if path.name not in listed
+    ]
     for number, shard in enumerate(index.header["shards"]):
         mine = index.blocks[index.blocks["shard"] == number]
         said = {int(o) for o in mine["offset"]} | {int(o) for o in mine["meta_offset"]}

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+TRIES = 20
 
 
 @contextmanager
 def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold `<path>.lock`; yields False where another process holds it (never, with `wait`)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o666)
+    handle = _open(path)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -39,6 +39,22 @@ def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds the claim at the moment."""
+    with claim(path) as mine:
+        return not mine
+
+
+def _open(path: Path) -> int:
+    for _ in range(TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # another process has just finished and cleared the folder
+            continue
+    raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))
 
 
 def own_name(path: Path, what: str) -> Path:

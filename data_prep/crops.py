@@ -1,8 +1,7 @@
 """Cut a crop around every nucleus of slides, or of a folder of images, into mixed shards.
 
 The part of a slide is its crops, raw, in a random order. A group's parts are merged bucket by
-bucket: bucket b takes the b-th stretch of every part, so it is a random draw from all slides of the
-group, and memory holds one bucket, however many nuclei there are.
+bucket (`mixing`), so memory holds one bucket, however many nuclei there are.
 """
 
 import hashlib
@@ -11,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from pydantic import Field
 
 from data_prep.assembly import Job, assemble
 from data_prep.claims import own_name
+from data_prep.mixing import Part, mixed
 from data_prep.nuclei_table import NucleiTable, read_table
 from data_prep.sources import Source, Where, open_sources
 from lemon_muse.config import Config
@@ -29,7 +28,7 @@ from lemon_muse.data.codec import encode
 from lemon_muse.data.files import write_atomic
 from lemon_muse.data.shards import open_index
 from lemon_muse.data.writer import ShardWriter, check_encoding
-from lemon_muse.errors import RunError
+from lemon_muse.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +77,8 @@ def run(cfg: Crops) -> Path:
         RunError: the disk is full.
     """
     check_encoding("crops", cfg.encoding, cfg.size)
+    if cfg.balance != "none" and cfg.per_slide is None:
+        raise UserError("balance= needs per_slide=, the number of nuclei of a slide.")
     sources, layout = open_sources(
         cfg.data, layout=cfg.layout, split=cfg.split, tables=cfg.out / "work" / "tables"
     )
@@ -95,7 +96,16 @@ def run(cfg: Crops) -> Path:
         workers=cfg.workers,
     )
     _need_room(cfg, sources)
-    if not assemble(job, sources):
+    try:
+        done = assemble(job, sources)
+    except UserError as error:
+        if cfg.edge == "drop" and "would be empty" in str(error):
+            raise UserError(
+                f"no crop is left for {cfg.out}: every nucleus is nearer to the border of its "
+                f"slide than half a crop; use edge=reflect with another out=."
+            ) from None
+        raise
+    if not done:
         print(f"{cfg.out} is finished already")
         return cfg.out
     _tell(cfg.out)
@@ -145,7 +155,7 @@ def cut(cfg: Crops, source: Source, part: Path) -> None:
                 "patient": source.patient,
                 "source_mpp": source.mpp,
                 "dropped": int((~kept).sum()),
-                "stain": stain.describe(np.concatenate(sample or [np.zeros((0, 3), np.uint8)])),
+                "stain": stain.describe(np.concatenate(sample)) if sample else None,
             }
         ),
     )
@@ -173,7 +183,7 @@ def _chosen(
 
 def merge(cfg: Crops, group: int, slides: list[str]) -> None:
     """Mix the parts of a group into its shards."""
-    parts = [_Part(cfg, slide) for slide in slides]
+    parts = [Part(cfg, slide) for slide in slides]
     total = sum(len(part.place) for part in parts)
     buckets = max(1, -(-total * cfg.size * cfg.size * 3 // BUCKET))
     writer = ShardWriter(
@@ -187,13 +197,12 @@ def merge(cfg: Crops, group: int, slides: list[str]) -> None:
         whole=False,
     )
     with writer, ThreadPoolExecutor(max(1, cfg.workers)) as pool:
-        for pixels, columns in _mixed(cfg, group, parts, buckets):
+        for pixels, columns in mixed(cfg, group, parts, buckets):
             _write(cfg, writer, pool, pixels, columns)
             del pixels  # else it would be held while the next bucket is read
         for part in parts:
-            if part.slide in writer.slides:
-                entry = writer.slides[part.slide]
-                entry |= {"dropped": part.about["dropped"], "stain": part.about["stain"]}
+            entry = writer.add_slide(part.slide, part.about["patient"], part.about["source_mpp"], 0)
+            entry |= {"dropped": part.about["dropped"], "stain": part.about["stain"]}
 
 
 def _write(
@@ -213,81 +222,17 @@ def _write(
         writer.write(block, {k: v[here] for k, v in columns.items()}, payload=payload)
 
 
-def _mixed(
-    cfg: Crops, group: int, parts: list["_Part"], buckets: int
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Shuffled stretches of whole blocks; what is left over goes into the next bucket."""
-    rest: tuple[np.ndarray, dict[str, np.ndarray]] | None = None
-    for bucket in range(buckets):
-        rng = np.random.default_rng([cfg.seed, group, bucket])
-        stretches = [(part, part.stretch(bucket, buckets)) for part in parts]
-        stretches = [(part, here) for part, here in stretches if len(here)]
-        tables = ([rest[1]] if rest else []) + [part.table(here) for part, here in stretches]
-        if not tables:
-            continue
-        order = rng.permutation(sum(len(table["id"]) for table in tables))
-        columns = {k: np.concatenate([table[k] for table in tables])[order] for k in tables[0]}
-        pixels = np.empty((len(order), cfg.size, cfg.size, 3), np.uint8)
-        place = np.argsort(order)
-        start = 0
-        if rest:
-            start = len(rest[0])
-            pixels[place[:start]] = rest[0]
-        for part, here in stretches:  # one after the other, so that the bucket is not held twice
-            pixels[place[start : start + len(here)]] = part.pixels(here)
-            start += len(here)
-        full = len(pixels) if bucket == buckets - 1 else len(pixels) // cfg.block * cfg.block
-        rest = (pixels[full:].copy(), {k: v[full:] for k, v in columns.items()})
-        yield pixels[:full], {k: v[:full] for k, v in columns.items()}
-        del pixels
-
-
-class _Part:
-    """The part of a slide, read stretch by stretch."""
-
-    def __init__(self, cfg: Crops, slide: str) -> None:
-        self.cfg, self.slide = cfg, slide
-        self.path = cfg.out / "work" / "parts" / slide / "part"
-        with np.load(f"{self.path}.npz", allow_pickle=False) as members:
-            self.place = members["place"]
-            self.about = json.loads(str(members["about"]))
-            self.columns = {k: members[k] for k in ("id", "x", "y", "type", "score")}
-
-    def stretch(self, number: int, of: int) -> np.ndarray:
-        """Places of the crops of the `number`-th of `of` stretches of the part, ascending."""
-        count = len(self.place)
-        here: np.ndarray = self.place[count * number // of : count * (number + 1) // of]
-        return here
-
-    def pixels(self, here: np.ndarray) -> np.ndarray:
-        """Crops at these places, neighbours but for those left out."""
-        size = self.cfg.size
-        first, each = int(here[0]), size * size * 3
-        count = (int(here[-1]) + 1 - first) * each
-        span = np.fromfile(f"{self.path}.pixels", np.uint8, count=count, offset=first * each)
-        crops = span.reshape(-1, size, size, 3)
-        return crops if len(crops) == len(here) else crops[here - first]
-
-    def table(self, here: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of the crops at these places."""
-        columns = {k: v[here] for k, v in self.columns.items()}
-        if not self.cfg.types:
-            columns["type"] = np.full(len(here), "")
-        return {
-            "slide": np.full(len(here), self.slide),
-            "patient": np.full(len(here), self.about["patient"]),
-            "mpp": np.full(len(here), self.cfg.mpp),
-            "source_mpp": np.full(len(here), self.about["source_mpp"]),
-            **columns,
-        }
-
-
 def _need_room(cfg: Crops, sources: list[Source]) -> None:
     """Say before the work, not after an hour, that the disk is too small."""
     each = cfg.size * cfg.size * 3
-    counts = [min(source.count, cfg.per_slide or source.count) for source in sources]
+    try:
+        index = json.loads((cfg.out / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        index = {"slides": {}}
+    new = [source for source in sources if source.slide not in index["slides"]]
+    counts = [min(source.count, cfg.per_slide or source.count) for source in new]
     scratch = min(sum(counts) * each, int(cfg.scratch_gb * 2**30) * max(1, cfg.workers))
-    there = sum(p.stat().st_size for p in cfg.out.rglob("*") if p.is_file())
+    there = sum(_bytes(p) for p in cfg.out.rglob("*")) if not index["slides"] else 0
     ratio = 1.02 if cfg.encoding == "raw" else 0.35
     needed = sum(counts) * each * ratio + scratch - there
     free = shutil.disk_usage(cfg.out).free
@@ -299,14 +244,22 @@ def _need_room(cfg: Crops, sources: list[Source]) -> None:
         )
 
 
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # another process may be done with it
+        return 0
+
+
 def _tell(out: Path) -> None:
     index = open_index(out)
     size = sum(s["bytes"] for s in index.header["shards"])
     slides = index.header["slides"]
+    used = sum(about["count"] > 0 for about in slides.values())
     dropped = sum(about.get("dropped", 0) for about in slides.values())
     at_edge = f"; {dropped} at the border left out" if dropped else ""
     print(
         f"{out}: {index.count} crops of {index.size} px at {index.mpp:g} µm/px from "
-        f"{len(slides)} slides in {len(index.blocks)} blocks, "
+        f"{used} slides in {len(index.blocks)} blocks, "
         f"{size / 2**20:.0f} MiB ({size / index.count:.0f} bytes a crop){at_edge}"
     )

@@ -155,7 +155,8 @@ def _sources(cfg: Manifest) -> dict[str, dict[str, str]]:
         if place.is_dir():
             for path in sorted(place.rglob("*")):
                 hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-                if path.suffix.lower() in ENDINGS and path.is_file() and not hidden:
+                drawn = (path.parent / "check.json").is_file()  # the pictures of prep check
+                if path.suffix.lower() in ENDINGS and path.is_file() and not (hidden or drawn):
                     found.setdefault(str(path), {})
         elif place.suffix.lower() == ".csv":
             for row in read_csv(place):

@@ -14,7 +14,7 @@ from data_prep import nuclei_formats
 from data_prep.manifest_file import read_manifest
 from data_prep.nuclei_formats.matching import match
 from data_prep.nuclei_table import distinct, inside, read_about, write_table
-from data_prep.pool import in_processes
+from data_prep.pool import CRASH, in_processes
 from lemon_muse.config import Config
 from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import UserError
@@ -70,6 +70,9 @@ def run(cfg: Nuclei) -> Path:
         UserError: the manifest, a detection file or a slide is wrong.
     """
     rows, unusable = slides_of(cfg.data)
+    if unusable and not rows:
+        why = next(iter(unusable.values()))
+        raise UserError(f"{cfg.data} has no slide that can be used; of the first it says: {why}")
     sources: dict[str, Path] = {}
     unused: list[Path] = []
     if cfg.detections is not None:
@@ -176,7 +179,10 @@ def _do(cfg: Nuclei, todo: list[Task]) -> dict[str, str]:
     with tqdm(total=len(todo), unit="slide", desc="nuclei", disable=None) as bar:
         for text, warning, problem in in_processes(work, list(waiting), workers=cfg.workers):
             if problem:
-                failed[waiting[text]] = problem
+                # The piece of work as text is no name that the user knows.
+                slide = waiting[text]
+                problem = f"the slide {slide}: {CRASH}" if problem == CRASH else problem
+                failed[slide] = problem = problem.replace(f"{text}: ", f"the slide {slide}: ")
                 log.warning("%s failed: %s", waiting[text], problem)
             elif warning:
                 log.warning("%s: %s", waiting[text], warning)
@@ -251,7 +257,9 @@ def _index(cfg: Nuclei, tasks: list[Task]) -> dict[str, Any]:
     """The index: what the metadata of every table says."""
     slides = {}
     for task in sorted(tasks, key=lambda task: task.slide):
-        slides[task.slide] = {"file": task.out.name, **read_about(task.out)}
+        # The slide may have moved since its table was written.
+        about = {**read_about(task.out), "path": str(task.path.absolute())}
+        slides[task.slide] = {"file": task.out.name, **about}
     totals = {
         name: sum(about[name] for about in slides.values())
         for name in ("read", "outside", "merged", "count")

@@ -99,6 +99,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"there is no table of nuclei {path}; run prep nuclei again.")
     return UserError(
         f"{path} is not a readable table of nuclei ({type(error).__name__}); delete it and run "
         f"prep nuclei again."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_prep.nuclei_formats.record import nuclei
 from data_prep.nuclei_table import write_table
@@ -34,6 +34,13 @@ class Where(Config):
     split: Split = Field("train", description="which images are used, where the folder has a split")
     seed: int = Field(0, ge=0, description="of the choice and the mixing")
     workers: int = Field(2, ge=0, description="processes over slides; 0: this one")
+
+    @field_validator("out")
+    @classmethod
+    def _a_folder(cls, value: Path) -> Path:
+        if value.exists() and not value.is_dir():
+            raise ValueError(f"{value} is a file; give a folder")
+        return value
 
 
 class Source(Config):
@@ -127,7 +134,7 @@ def _image(table: Table, rows: np.ndarray, tables: Path) -> Source:
     xy = np.stack([table.x[rows], table.y[rows]], 1)
     about = {"slide": path.stem, "mpp": float(table.mpp[rows[0]]), "bytes": path.stat().st_size}
     digest = hashlib.sha256(json.dumps(about).encode())
-    digest.update(rows.tobytes() + xy.tobytes() + "\n".join(names.tolist()).encode())
+    digest.update(xy.tobytes() + "\n".join(names.tolist()).encode())
     source = Source(
         slide=path.stem,
         path=path,
@@ -138,10 +145,11 @@ def _image(table: Table, rows: np.ndarray, tables: Path) -> Source:
         key=digest.hexdigest()[:16],
     )
     tables.mkdir(parents=True, exist_ok=True)
-    # Labels of people, not of a detector: the score is certain.
+    # Labels of people, not of a detector: the score is certain. The number of a nucleus is its own
+    # image's: it must not change when images are added.
     write_table(
         source.table,
-        nuclei(xy, kind=names, score=np.ones(len(rows)), ids=rows),
+        nuclei(xy, kind=names, score=np.ones(len(rows)), ids=np.arange(len(rows))),
         {**about, "key": source.key, "count": len(rows), "patient": source.patient},
     )
     return source

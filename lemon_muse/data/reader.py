@@ -20,6 +20,8 @@ from lemon_muse.data.order import Order, part
 from lemon_muse.data.shards import Index
 from lemon_muse.errors import RunError
 
+KEPT = 256  # shards that stay open; a system allows 1024 files, and a large set has more shards
+
 
 class BlockReader:
     """Random access to the blocks of a set; keeps the files open and checks each block once."""
@@ -92,9 +94,14 @@ class BlockReader:
         """Fill `into`, uint8 [bytes], from the block's shard; with a checksum, compare it."""
         shard = int(self.index.blocks[block]["shard"])
         file = self._files.get(shard)
-        if file is None:
-            file = self._files.setdefault(shard, os.open(self.index.shard(shard), os.O_RDONLY))
-        got = os.preadv(file, [into.data], offset)
+        mine = os.open(self.index.shard(shard), os.O_RDONLY) if file is None else None
+        if mine is not None and len(self._files) < KEPT:
+            file = self._files.setdefault(shard, mine)  # another thread may have been faster
+        try:
+            got = os.preadv(mine if file is None else file, [into.data], offset)  # type: ignore[arg-type]
+        finally:
+            if mine is not None and mine != file:
+                os.close(mine)
         if got != len(into) or (crc is not None and zlib.crc32(into.data) != crc):
             raise RunError(
                 f"block {block} of {self.index.shard(shard)} has changed since it was written "

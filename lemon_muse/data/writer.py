@@ -5,6 +5,7 @@ is written when they all stand; `write_index` sums the records up. So groups can
 different processes, in any order, and a set can be extended without touching what is there.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -93,7 +94,8 @@ class ShardWriter:
             self.close()
             return
         if self._tar is not None:
-            self._tar.close()
+            with contextlib.suppress(OSError):  # what is buffered finds no room either
+                self._tar.close()
             self._temporary().unlink(missing_ok=True)
         if isinstance(error, OSError) and disk_is_full(error):
             raise RunError(
@@ -246,8 +248,13 @@ def write_record(folder: Path, group: int, record: dict[str, Any], blocks: np.nd
 
 
 def has_record(folder: Path, group: int) -> bool:
-    """Whether a group stands."""
-    return (folder / "groups" / f"{group:05d}.json").is_file()
+    """Whether a group stands: its record, and every shard of it at its full length."""
+    path = folder / "groups" / f"{group:05d}.json"
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        return all((folder / s["name"]).stat().st_size == s["bytes"] for s in shards)
+    except FileNotFoundError:
+        return False
 
 
 def write_index(folder: Path, groups: list[int], extra: dict[str, Any] | None = None) -> None:
@@ -291,10 +298,14 @@ def write_index(folder: Path, groups: list[int], extra: dict[str, Any] | None = 
     }
     if header["kind"] == "rois":
         header["crop_mean"], header["crop_std"] = _mean_std([r["crop_moments"] for r in records])
+    text = json.dumps(header, indent=1).encode()
+    files = {folder / "blocks.npy": buffer.getvalue(), folder / "index.json": text}
+    if all(path.is_file() and path.read_bytes() == bytes_ for path, bytes_ in files.items()):
+        return  # of another process, and perhaps being read
     # Without this, a job killed between the two files would leave an index of other blocks.
     (folder / "index.json").unlink(missing_ok=True)
-    write_atomic(folder / "blocks.npy", buffer.getvalue())
-    write_atomic(folder / "index.json", json.dumps(header, indent=1).encode())
+    for path, bytes_ in files.items():
+        write_atomic(path, bytes_)
 
 
 def _mean_std(moments: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -1,5 +1,6 @@
 """Parts, groups and index: killed anywhere, shared by processes, extended; always the same set."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import claims, crops
+from data_prep import assembly, check, claims, crops, manifest, nuclei
 from data_prep.nuclei_table import read_table
 from data_prep.pool import in_processes
+from data_prep.sources import Source, open_sources
 from lemon_muse.data.reader import BlockReader
 from lemon_muse.data.shards import open_index
 from lemon_muse.data.slides import open_slide
@@ -227,6 +229,101 @@ def full_disk(item: str) -> str:
 def test_a_full_disk_stops_the_job(workers: int) -> None:
     with pytest.raises(RunError, match="the disk is full; make room"):
         list(in_processes(full_disk, ["a", "b"], workers=workers))
+
+
+def dies(item: str) -> str:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_what_killed_jobs_left_is_swept_and_a_missing_shard_is_made_again(
+    unbroken: Path, nuclei_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "crops"
+    shutil.copytree(unbroken, out)
+    for name in ("crops-00001-000.tar.host-1.tmp", "index.json.1.tmp", "crops-00000-077.tar"):
+        (out / name).write_bytes(b"left by a killed job")
+    (out / "groups" / "00000.npy.1.tmp").write_bytes(b"left by a killed job")
+    (out / "mine.tar").write_bytes(b"of the user")
+    with pytest.raises(UserError, match=r"crops-00000-077\.tar is in the folder but not in the"):
+        check.run(check.Check(data=out, out=tmp_path / "check"))
+    (out / "crops-00001-000.tar").unlink()
+    whole = (out / "crops-00002-000.tar").read_bytes()
+    (out / "crops-00002-000.tar").write_bytes(whole[:-1])
+    prep(nuclei_folder, out)
+    (out / "mine.tar").unlink()
+    assert files(out) == files(unbroken)
+    assert len(list((out / "groups").iterdir())) == 6 and not (out / "work").exists()
+
+
+def test_whoever_cuts_last_merges_at_once(
+    nuclei_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is at work on the first slide of the only group, and done before this one."""
+    out = tmp_path / "crops"
+    sources, _ = open_sources(nuclei_folder, tables=tmp_path)
+    real_cut, real_plan = crops.cut, assembly.make_plan
+    order: list[str] = []
+    other = contextlib.ExitStack()
+    waits: list[float] = []
+    cuts: list[str] = []
+
+    def make_plan(job: assembly.Job, sources: list[Source]) -> tuple[list[list[str]], int]:
+        groups, new = real_plan(job, sources)
+        order.extend(groups[0])
+        other.enter_context(claims.claim(job.part(order[0])))
+        return groups, new
+
+    def cut(cfg: crops.Crops, source: Source, part: Path) -> None:
+        if not cuts:
+            first = next(s for s in sources if s.slide == order[0])
+            real_cut(cfg, first, out / "work" / "parts" / first.slide / "part")
+            other.close()
+        cuts.append(source.slide)
+        real_cut(cfg, source, part)
+
+    monkeypatch.setattr(assembly, "make_plan", make_plan)
+    monkeypatch.setattr(crops, "cut", cut)
+    monkeypatch.setattr(assembly.time, "sleep", waits.append)
+    prep(nuclei_folder, out, group=8)
+    assert cuts == order[1:] and not waits
+
+
+def test_a_slide_that_crashes_its_reader_is_named(
+    nuclei_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = 'cut 0 {"slide": "a"}'
+    ((_, _, problem),) = in_processes(dies, [item], workers=1)
+    assert assembly._named("a.svs", item, problem).startswith("a.svs: the library")
+    assert "want of memory" in assembly._named("group 3", "merge 3", problem)
+
+    def odd(cfg: crops.Crops, source: Source, part: Path) -> None:
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr(crops, "cut", odd)
+    with pytest.raises(UserError, match=r"^/.*\.svs: ZeroDivisionError: odd\. \("):
+        prep(nuclei_folder, tmp_path / "crops")
+
+
+def test_a_manifest_without_a_usable_slide_is_said(slide_folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "m.csv"
+    manifest.run(manifest.Manifest(data=str(slide_folder), out=table, workers=0))
+    table.write_text(table.read_text().replace(",ok,", ",no mpp,it states none."))
+    with pytest.raises(UserError, match=r"no slide that can be used.*it states none"):
+        nuclei.run(nuclei.Nuclei(data=table, out=tmp_path / "n", workers=0))
+
+
+def test_slides_that_moved_are_found_again(slide_folder: Path, tmp_path: Path) -> None:
+    some = tmp_path / "slides"
+    shutil.copytree(slide_folder, some)
+    data = prepared(some, tmp_path / "p")
+    some.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="there is no slide"):
+        prep(data, tmp_path / "crops")
+    prep(prepared(tmp_path / "moved", tmp_path / "p"), tmp_path / "crops")
+    (data / "case0-1.parquet").unlink()
+    with pytest.raises(UserError, match=r"there is no table of nuclei .*case0-1\.parquet"):
+        prep(data, tmp_path / "again")
 
 
 def test_per_slide_and_balance(nuclei_folder: Path, tmp_path: Path) -> None:

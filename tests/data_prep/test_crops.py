@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from data_prep import check, crops
+from lemon_muse.data import reader as reader_module
 from lemon_muse.data.reader import BlockReader, CropBatches
 from lemon_muse.data.shards import open_index
 from lemon_muse.errors import RunError, UserError
@@ -119,6 +122,64 @@ def test_dropping_at_the_border(source: Path, tmp_path: Path) -> None:
     kept = open_index(prep(source, tmp_path / "kept")).count
     dropped = open_index(prep(source, tmp_path / "dropped", edge="drop")).count
     assert 0 < dropped < kept
+
+
+def test_images_whose_nuclei_all_lie_at_the_border(source: Path, tmp_path: Path) -> None:
+    write_points(source / "nuclei" / "s1.geojson", np.array([[3.0, 9.0], [250.0, 100.0]]))
+    index = open_index(prep(source, tmp_path / "crops", edge="drop"))
+    about = index.header["slides"]
+    assert about["s1"]["count"] == 0 and about["s1"]["dropped"] == 2 and about["s0"]["count"] > 0
+    check.run(check.Check(data=tmp_path / "crops"))
+    write_points(source / "nuclei" / "s0.geojson", np.array([[3.0, 9.0]]))
+    with pytest.raises(UserError, match="every nucleus is nearer to the border"):
+        prep(source, tmp_path / "none", edge="drop")
+
+
+def test_one_nucleus(source: Path, tmp_path: Path) -> None:
+    write_points(source / "nuclei" / "s0.geojson", np.zeros((0, 2)))
+    write_points(source / "nuclei" / "s1.geojson", np.array([[128.0, 100.0]]))
+    assert open_index(prep(source, tmp_path / "crops")).count == 1
+    assert check.run(check.Check(data=tmp_path / "crops"))["problems"] == []
+
+
+def test_an_image_before_the_others_extends_the_set(source: Path, tmp_path: Path) -> None:
+    table = source / "slides.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], lines[2]]) + "\n")
+    out = prep(source, tmp_path / "crops")
+    first = (out / "crops-00000-000.tar").read_bytes()
+    table.write_text("\n".join(lines) + "\n")
+    prep(source, tmp_path / "crops")
+    assert (out / "crops-00000-000.tar").read_bytes() == first
+    _, columns = read_all(out)
+    assert set(columns["slide"]) == {"s0", "s1"}
+    assert check.run(check.Check(data=out))["problems"] == []
+
+
+def test_more_shards_than_files_may_be_open(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = prep(source, tmp_path / "crops", shard_mb=1, block=8, size=96)
+    monkeypatch.setattr(reader_module, "KEPT", 2)
+    index = open_index(out)
+    assert len(index.header["shards"]) > 3
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = BlockReader(index)
+    with ThreadPoolExecutor(4) as pool:
+        pixels = list(pool.map(reader.pixels, range(len(index.blocks))))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+    assert sum(map(len, pixels)) == index.count
+    reader.close()
+
+
+def test_out_that_is_a_file_and_balance_without_a_number_are_said_first(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match="is a file; give a folder"):
+        prep(source, source / "slides.csv")
+    with pytest.raises(UserError, match="balance= needs per_slide="):
+        prep(source, tmp_path / "out", balance="type")
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_passes_and_draws(source: Path, tmp_path: Path) -> None:

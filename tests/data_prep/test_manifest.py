@@ -233,3 +233,14 @@ def test_the_real_slides(shared_data: Path, tmp_path: Path) -> None:
     assert (cmu["mpp"], cmu["status"], cmu["scanner"]) == ("0.499", "ok", "CPAPERIOCS")
     assert (tcga["status"], tcga["patient"], tcga["levels"]) == ("no mpp", "TCGA-CR-7395", "2")
     assert "give mpp=" in tcga["reason"]
+
+
+def test_pictures_of_checks_are_no_slides(tmp_path: Path) -> None:
+    for folder in (tmp_path / "slides", tmp_path / "slides" / "out" / "check"):
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(folder / "a.png")
+    (tmp_path / "slides" / "out" / "check" / "check.json").write_text("{}")
+    out = manifest.run(
+        manifest.Manifest(data=str(tmp_path / "slides"), out=tmp_path / "m.csv", mpp=0.5, workers=0)
+    )
+    assert [row["path"] for row in read_manifest(out)] == [str(tmp_path / "slides" / "a.png")]
