@@ -21,7 +21,7 @@ from data_prep.claims import claim, is_held
 from data_prep.plan import PLAN, make_plan, read_plan
 from data_prep.pool import CRASH, in_processes
 from data_prep.sources import Source
-from lemon_muse.data.writer import has_record, write_index
+from lemon_muse.data.records import has_record, write_index
 from lemon_muse.errors import UserError
 
 log = logging.getLogger(__name__)

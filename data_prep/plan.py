@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.claims import claim
 from data_prep.sources import Source
 from lemon_muse.data.files import write_atomic
-from lemon_muse.data.writer import has_record
+from lemon_muse.data.records import has_record
 from lemon_muse.errors import UserError
 
 if TYPE_CHECKING:

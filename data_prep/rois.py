@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,13 +15,14 @@ from data_prep.assembly import Job, assemble
 from data_prep.claims import own_name
 from data_prep.crops import slide_rng
 from data_prep.nuclei_table import NucleiTable, read_table
+from data_prep.roi_part import RoiPart
 from data_prep.sources import Source, Where, open_sources
 from lemon_muse.config import Config
 from lemon_muse.data import geometry
 from lemon_muse.data.codec import encode_image
 from lemon_muse.data.files import write_atomic
 from lemon_muse.data.moments import Moments
-from lemon_muse.data.shards import ROI_COLUMNS, open_index
+from lemon_muse.data.shards import open_index
 from lemon_muse.data.writer import ShardWriter, check_encoding
 from lemon_muse.errors import UserError
 
@@ -230,7 +231,7 @@ def _packed(
 
 def merge(cfg: Rois, group: int, slides: list[str]) -> None:
     """Write the ROIs of a group's parts in random order into its shards."""
-    parts = [_Part(cfg, slide) for slide in slides]
+    parts = [RoiPart(cfg.out, cfg.pixels, slide) for slide in slides]
     writer = ShardWriter(
         cfg.out,
         kind="rois",
@@ -256,41 +257,6 @@ def merge(cfg: Rois, group: int, slides: list[str]) -> None:
             for moments, name in ((writer.moments, "whole"), (writer.crop_moments, "crops")):
                 moments.sums += part.about[name]["sums"]
                 moments.count += part.about[name]["count"]
-
-
-class _Part:
-    """The part of a slide, read ROI by ROI."""
-
-    def __init__(self, cfg: Rois, slide: str) -> None:
-        self.cfg, self.slide = cfg, slide
-        self.path = cfg.out / "work" / "parts" / slide / "part"
-        with np.load(f"{self.path}.npz", allow_pickle=False) as members:
-            self.about: dict[str, Any] = json.loads(str(members["about"]))
-            self.lengths, self.facts = members["lengths"], members["facts"]
-            self.counts = members["counts"]
-            self.columns = {name: members[name] for name in ROI_COLUMNS}
-        self.ends = np.cumsum(self.lengths)
-        self.last = np.cumsum(self.counts[:, 0])
-
-    def roi(self, number: int) -> tuple[bytes, dict[str, np.ndarray], dict[str, Any]]:
-        """Payload, columns of the nuclei, facts."""
-        length, count = int(self.lengths[number]), int(self.counts[number, 0])
-        with Path(f"{self.path}.rois").open("rb") as file:
-            file.seek(int(self.ends[number]) - length)
-            payload = file.read(length)
-        here = slice(int(self.last[number]) - count, int(self.last[number]))
-        left, top, tissue = self.facts[number].tolist()
-        facts = {
-            "slide": self.slide,
-            "patient": self.about["patient"],
-            "left": left,
-            "top": top,
-            "side": self.about["side"],
-            "mpp": self.about["side"] * self.about["source_mpp"] / self.cfg.pixels,
-            "source_mpp": self.about["source_mpp"],
-            "tissue": tissue,
-        }
-        return payload, {k: v[here] for k, v in self.columns.items()}, facts
 
 
 def _rejected(out: Path) -> dict[str, int]:

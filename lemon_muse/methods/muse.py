@@ -104,7 +104,6 @@ class Muse(Method):
 
     @torch.no_grad()
     def make_views(self, batch: dict[str, Any]) -> list[roi_views.View]:
-        """All views of the ROIs, as `roi_views.make`."""
         s = self.setting
         return roi_views.make(batch, self.view, mpp=s.mpp, mean=s.mean, std=s.std)[0]
 
