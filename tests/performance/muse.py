@@ -21,6 +21,7 @@ from lemon_muse.config import load
 from lemon_muse.recipe import Train
 from lemon_muse.stop import Stop
 from lemon_muse.train import Loop
+from tests.performance.big import write_repeated
 from tests.performance.crops import REAL
 
 DINO = "the same step without the nucleus loss (DINO)"
@@ -58,7 +59,7 @@ def run() -> list[dict]:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         small = _real(Path(folder) / "small") if REAL.is_dir() else None
-        large = _generated(Path(folder) / "large")
+        large = _generated(Path(folder) / "large", fields=8 if gpu else 2)
         # (recipe, ROIs, words, steps); a CPU takes half a minute for a step of the published size.
         plans = [("ViT-S/16, 2 x 224 + 8 x 96", FULL, large, 64 if gpu else 2, 8 if gpu else 2)]
         if small is not None:
@@ -76,18 +77,20 @@ def _real(out: Path) -> Path:
     return rois.run(rois.Rois(data=REAL, out=out, split="train", **settings))  # type: ignore[arg-type]
 
 
-def _generated(out: Path) -> Path:
-    """ROIs of the published size, 2048 px at 0.25, around 1,300 nuclei each."""
+def _generated(out: Path, *, fields: int) -> Path:
+    """`fields` x `fields` ROIs of the published size, 2048 px at 0.25: one field, repeated."""
     from data_prep import manifest, nuclei
-    from lemon_muse.synthetic import write_slide
 
-    slides = out / "slides"
+    slides, found = out / "slides", out / "found"
     slides.mkdir(parents=True)
-    write_slide(slides / "a.svs", side=4200, seed=0, mpp=0.25)
+    found.mkdir()
+    xy = write_repeated(slides / "a.svs", field=2048, times=fields)
+    lines = [f"{x},{y}" for x, y in xy.tolist()]
+    (found / "a.csv").write_text("x,y\n" + "\n".join(lines) + "\n")
     table = manifest.run(manifest.Manifest(data=str(slides), out=out / "m.csv", workers=0))
-    found = nuclei.run(nuclei.Nuclei(data=table, out=out / "nuclei", detections=slides, workers=0))
+    tables = nuclei.run(nuclei.Nuclei(data=table, out=out / "nuclei", detections=found, workers=0))
     settings = {"quality_check": False, "min_tissue": 0.0, "min_nuclei": 1, "workers": 0}
-    return rois.run(rois.Rois(data=found, out=out / "rois", **settings))  # type: ignore[arg-type]
+    return rois.run(rois.Rois(data=tables, out=out / "rois", **settings))  # type: ignore[arg-type]
 
 
 def _clock(device: torch.device) -> float:
