@@ -1,4 +1,4 @@
-"""Pictures of prepared data: crops side by side, ROIs and slides with their nuclei, histograms.
+"""Pictures of prepared data: crops side by side, ROIs with their nuclei, histograms.
 
 All are PNGs that appear whole or not at all.
 """
@@ -14,19 +14,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lemon_muse.data.files import write_atomic
-from lemon_muse.data.slides import Slide
 
 GAP = 2  # px of white between crops
-ROI_SIDE, SLIDE_SIDE = 1400, 1200  # longer side of a picture, px
-SHARPER = (
-    2  # circles are drawn so many times as large and made smaller: Pillow draws no smooth ones
-)
+ROI_SIDE = 1400  # longer side of a picture, px
+SHARPER = 2  # circles are drawn so much larger and made smaller: Pillow draws no smooth ones
 NUCLEUS, LINE = 3.0, 1.5  # radius of a circle, µm; its line at most, px
 BAR = 50.0  # µm, length of the scale bar
-DENSITY, STRENGTH = 50.0, 0.35  # side of a cell in which nuclei are counted, µm; of the veil
 MOST_TYPES = 8  # in a legend; the others are one entry
 INK, PAPER = (25, 25, 25), (255, 255, 255)
-FRAME, VEIL = (20, 60, 220), (255, 225, 0)
 # Bright hues that H&E does not have, in an order in which the colour-blind can tell the first four.
 COLOURS = (
     (255, 235, 0),
@@ -90,38 +85,6 @@ def roi_overlay(
     _scale_bar(draw, size, BAR / mpp * scale)
     if entries:
         _legend(draw, entries)
-    _save(picture, path)
-
-
-def slide_overview(
-    slide: Slide,
-    corners: np.ndarray,
-    side: float,
-    path: Path,
-    xy: np.ndarray | None = None,
-) -> None:
-    """The slide with its ROIs as rectangles and, faintly, where its nuclei are.
-
-    Args:
-        slide: an open slide; the picture has at most 1200 px a side.
-        corners: [m, 2], level-0 px.
-        side: of a ROI, level-0 px.
-        path: the PNG.
-        xy: float [n, 2], nuclei in level-0 px: their density is shown.
-    """
-    pixels = slide.thumbnail(SLIDE_SIDE)
-    scale = np.array([pixels.shape[1] / slide.width, pixels.shape[0] / slide.height])
-    if xy is not None and len(xy):
-        pixels = _with_density(slide, pixels, np.asarray(xy, np.float64))
-    picture = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(picture)
-    for corner in np.asarray(corners, np.float64).reshape(-1, 2):
-        low, high = corner * scale, (corner + side) * scale - 1
-        box = [(round(low[0]), round(low[1])), (round(high[0]), round(high[1]))]
-        # Lines go inwards, so that those of neighbours do not overlap.
-        draw.rectangle(box, outline=FRAME, width=2 if side * scale.min() >= 40 else 1)
-    long = _round_length(max(slide.width, slide.height) * slide.mpp / 5)
-    _scale_bar(draw, picture.size, long / slide.mpp * scale[0], long)
     _save(picture, path)
 
 
@@ -257,25 +220,6 @@ def _round_length(most: float) -> float:
     """The largest of 1, 2, 5 x 10^k that is not above `most`."""
     power = 10.0 ** math.floor(math.log10(most))
     return max(k * power for k in (1, 2, 5) if k * power <= most)
-
-
-def _with_density(slide: Slide, pixels: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    """The thumbnail under a veil that is the denser the more nuclei there are."""
-    from scipy.ndimage import gaussian_filter
-
-    high, wide, _ = pixels.shape
-    cell = max(DENSITY / slide.mpp, max(slide.width, slide.height) / SLIDE_SIDE)  # level-0 px
-    shape = [math.ceil(s / cell) for s in (slide.height, slide.width)]
-    counts, _, _ = np.histogram2d(
-        xy[:, 1], xy[:, 0], bins=shape, range=[(0, n * cell) for n in shape]
-    )
-    smooth = gaussian_filter(counts, 1.0)
-    smooth /= max(float(np.quantile(smooth, 0.995)), float(smooth.max()) / 2, 1e-9)
-    box = (0, 0, slide.width / cell, slide.height / cell)  # the last cells reach beyond the slide
-    veil = Image.fromarray(np.clip(smooth, 0, 1).astype(np.float32))
-    weight = np.asarray(veil.resize((wide, high), Image.Resampling.BILINEAR, box=box))[..., None]
-    weight = STRENGTH * np.clip(weight, 0, 1)
-    return (pixels * (1 - weight) + np.array(VEIL) * weight).round().astype(np.uint8)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -131,7 +131,7 @@ def _inside(slide: Slide, xy: np.ndarray) -> np.ndarray:
 
 def _grid_axes(slide: Slide, side: float) -> tuple[np.ndarray, np.ndarray]:
     """Corners x and y of a grid of squares that lie wholly on the slide, int64."""
-    tile = slide._tiles.shape(0)
+    tile = slide.tile_size
     x, y = (_grid(n, side, t) for n, t in zip((slide.width, slide.height), tile, strict=True))
     return x, y
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.features import finite
 from eval.progress import Progress
 from lemon_muse.data import geometry
 from lemon_muse.data.ahead import map_ahead
 from lemon_muse.data.table import Table, read_image
-from lemon_muse.errors import RunError
 
 # A window of 224 px counts as this many nuclei of `batch`.
 NUCLEI_PER_WINDOW = 8
@@ -205,9 +205,4 @@ def dense_features(
                 progress.update(flush())
         if waiting:
             progress.update(flush())
-    if out is None:
-        raise RunError("the table has no nucleus to compute features of.")
-    bad = int((~np.isfinite(out)).any(1).sum())
-    if bad:
-        raise RunError(f"{name} gives features that are not finite for {bad} of {len(out)} nuclei.")
-    return out
+    return finite(out, name=name)

@@ -55,6 +55,11 @@ def features(
         if waiting:
             out = _flush(encoder, waiting, out, total=len(table), batch=batch, device=device)
             progress.update(held)
+    return finite(out, name=name)
+
+
+def finite(out: np.ndarray | None, *, name: str) -> np.ndarray:
+    """Features float32 [n, dim] of the encoder `name`; RunError: there are none, or not finite."""
     if out is None:
         raise RunError("the table has no nucleus to compute features of.")
     bad = int((~np.isfinite(out)).any(1).sum())

@@ -74,6 +74,11 @@ class Slide:
         fine = [i for i, (_, _, d) in enumerate(self.levels) if self.mpp * d <= limit]
         return max(fine, key=lambda i: self.levels[i][2], default=0)
 
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """Width and height of the tiles of level 0 that are decoded at once, px."""
+        return self._tiles.shape(0)
+
     def extent(self, size: int, *, mpp: float) -> float:
         """Level-0 px of a square that `region` gives as exactly `size` x `size` px at `mpp`."""
         level = self.level_for(mpp)

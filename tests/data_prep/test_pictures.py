@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from data_prep import pictures
-from lemon_muse.data.slides import open_slide
 
 PINK = (220, 150, 190)
 
@@ -106,44 +105,6 @@ def test_a_roi_without_nuclei_and_a_tiny_one(tmp_path: Path) -> None:
     image = np.full((40, 50, 3), PINK, np.uint8)
     pictures.roi_overlay(image, np.zeros((0, 2)), tmp_path / "a.png", mpp=0.5)
     assert np.array_equal(load(tmp_path / "a.png"), image), "no room for a bar of 100 px"
-
-
-def test_slide_overview(tmp_path: Path) -> None:
-    source = tmp_path / "slide.png"
-    Image.fromarray(np.full((1800, 2400, 3), PINK, np.uint8)).save(source)
-    corners, side = np.array([[400, 200], [800, 200], [1600, 1000]]), 400
-    rng = np.random.default_rng(0)
-    xy = rng.normal((500, 1300), 60, (400, 2))
-    (tmp_path / "out").mkdir()
-    path = tmp_path / "out" / "overview.png"
-    with open_slide(source, mpp=0.5) as slide:
-        pictures.slide_overview(slide, corners, side, path)
-        drawn = load(path)
-        assert alone(path) and drawn.shape == (900, 1200, 3)
-        frame = (drawn == pictures.FRAME).all(-1)
-        wanted = np.zeros((900, 1200), bool)
-        for x, y in corners // 2:
-            wanted[y : y + 200, x : x + 200] = True
-            wanted[y + 2 : y + 198, x + 2 : x + 198] = False
-        assert np.array_equal(frame, wanted)
-        pictures.slide_overview(slide, corners, side, path, xy)
-    veil = (load(path) != drawn).any(-1)
-    y, x = np.argwhere(veil).mean(0)
-    assert (x, y) == pytest.approx((250, 650), abs=15) and veil[650, 250]
-    assert veil.mean() < 0.2 and not veil[:300].any()
-
-
-def test_overview_of_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
-    source = shared_data / "wsi" / "cmu-1-small-region.svs"
-    if not source.is_file():
-        pytest.skip(f"no {source}")
-    with open_slide(source) as slide:
-        pictures.slide_overview(slide, np.zeros((0, 2)), 500, tmp_path / "a.png", np.zeros((0, 2)))
-        thumbnail = slide.thumbnail(pictures.SLIDE_SIDE)
-    drawn = load(tmp_path / "a.png")
-    assert drawn.shape == thumbnail.shape and max(drawn.shape) <= 1200
-    changed = np.argwhere((drawn != thumbnail).any(-1))
-    assert len(changed) and changed.min(0)[0] > drawn.shape[0] - 60, "the bar and nothing else"
 
 
 def test_histograms(tmp_path: Path) -> None:
