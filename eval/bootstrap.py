@@ -53,8 +53,8 @@ def intervals(
         patient: [n], any type; the unit that is resampled.
 
     Returns:
-        accuracy, balanced_accuracy, macro_f1, auroc (macro one-vs-rest) and f1/<class> for each
-        class that has a true nucleus.
+        accuracy, balanced_accuracy, macro_f1, weighted_f1, auroc (macro one-vs-rest) and f1/<class>
+        for each class that has a true nucleus.
     """
     names, owner = np.unique(patient, return_inverse=True)
     weights = draw_counts(len(names), draws=draws, seed=seed)
@@ -64,6 +64,7 @@ def intervals(
         "accuracy": metrics.accuracy(matrices),
         "balanced_accuracy": metrics.balanced_accuracy(matrices),
         "macro_f1": metrics.macro_f1(matrices),
+        "weighted_f1": metrics.weighted_f1(matrices),
     }
     if scores is not None:
         won, counts = metrics.auroc_pairs(labels, scores, owner, classes=len(classes))

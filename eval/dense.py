@@ -20,10 +20,14 @@ from eval.features import finite
 from eval.progress import Progress
 from lemon_muse.data import geometry
 from lemon_muse.data.ahead import map_ahead
-from lemon_muse.data.table import Table, read_image
+from lemon_muse.data.slides import Slide, open_slide
+from lemon_muse.data.slides_bands import level_grid
+from lemon_muse.data.table import Table, is_large, read_image
 
 # A window of 224 px counts as this many nuclei of `batch`.
 NUCLEI_PER_WINDOW = 8
+# Windows of a slide that are read at once.
+HELD = 256
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,32 @@ def cut(
         window, valid: sides of the windows and of the squares in their middle, px.
     """
     sides = np.array([image.shape[1], image.shape[0]])
+    place = squares(points, sides, window=window, valid=valid)
+    pixels, _ = geometry.crop(image, place.corner[place.first] + window / 2, size=window)
+    return place.windows(pixels, points, rows)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Which window each nucleus is read in, nuclei in the order of their windows.
+
+    `order` int64 [n] sorts the nuclei, `owner` [n] is the window of each sorted one, `corner`
+    [n, 2] its window's corner, `first` [t] the first nucleus of each window.
+    """
+
+    order: np.ndarray
+    owner: np.ndarray
+    corner: np.ndarray
+    first: np.ndarray
+
+    def windows(self, pixels: np.ndarray, points: np.ndarray, rows: np.ndarray) -> Windows:
+        """With the pixels of every window, uint8 [t, window, window, 3]."""
+        near = (points[self.order] - self.corner).astype(np.float32)
+        return Windows(pixels, near, self.owner, rows[self.order])
+
+
+def squares(points: np.ndarray, sides: np.ndarray, *, window: int, valid: int) -> Squares:
+    """The squares of an image of `sides` (x, y) px that hold its nuclei, float [n, 2]."""
     count = np.maximum(1, -(-sides // valid))
     # The square of a nucleus, and where that square begins: moved back, or the image in its middle.
     square = np.clip(np.floor(points / valid).astype(np.int64), 0, count - 1)
@@ -87,9 +117,30 @@ def cut(
     number, owner = np.unique(square[:, 1] * count[0] + square[:, 0], return_inverse=True)
     order = np.argsort(owner, kind="stable")
     owner, corner = owner[order], (begin - (window - valid) // 2)[order]
-    first = np.searchsorted(owner, np.arange(len(number)))
-    pixels, _ = geometry.crop(image, corner[first] + window / 2, size=window)
-    return Windows(pixels, (points[order] - corner).astype(np.float32), owner, rows[order])
+    return Squares(order, owner, corner, np.searchsorted(owner, np.arange(len(number))))
+
+
+def cut_slide(
+    slide: Slide, centres: np.ndarray, rows: np.ndarray, *, window: int, valid: int, mpp: float
+) -> Iterator[Windows]:
+    """`cut` of an image that is not held in memory; `centres` are level-0 px of the slide."""
+    level = slide.level_for(mpp)
+    width, height, down = slide.levels[level]
+    grid = level_grid((width, height), level_mpp=slide.mpp * down, mpp=mpp)
+    scale = 1 / (np.array(grid.step) * down)
+    points = centres * scale
+    place = squares(points, np.array([grid.width, grid.height]), window=window, valid=valid)
+    middle = (place.corner[place.first] + window / 2) / scale
+    # Windows are numbered row by row, so a run of them needs few tiles twice.
+    for begin in range(0, len(middle), HELD):
+        piece = middle[begin : begin + HELD]
+        for found, pixels in slide.bands(piece, window, mpp=mpp):
+            rank = np.full(len(middle), -1)
+            rank[begin + found] = np.arange(len(found))
+            mine = np.flatnonzero(rank[place.owner] >= 0)
+            mine = mine[np.argsort(rank[place.owner[mine]], kind="stable")]
+            near = (points[place.order[mine]] - place.corner[mine]).astype(np.float32)
+            yield Windows(pixels, near, rank[place.owner[mine]], rows[place.order[mine]])
 
 
 def windows_of(
@@ -116,8 +167,16 @@ def windows_of(
         points = np.stack([table.x[part], table.y[part]], 1) * scale
         return cut(image, points, part, window=window, valid=valid)
 
-    if len(rows):
-        yield from map_ahead(read, parts, workers=workers)
+    if not len(rows):
+        return
+    small = [part for part in parts if not is_large(Path(table.image[part[0]]))]
+    yield from map_ahead(read, small, workers=workers)
+    for part in parts:
+        path = Path(table.image[part[0]])
+        if is_large(path):
+            centres = np.stack([table.x[part], table.y[part]], 1)
+            with open_slide(path, mpp=float(table.mpp[part[0]])) as slide:
+                yield from cut_slide(slide, centres, part, window=window, valid=valid, mpp=mpp)
 
 
 def per_pass(batch: int, window: int) -> int:

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,7 +125,8 @@ def cache_key(*parts: str | float) -> str:
 def cached(path: Path, compute: Callable[[], np.ndarray], *, rows: int) -> np.ndarray:
     """Features float32 [rows, dim] from `path`, or computed and written there atomically.
 
-    A file that cannot be read or has another number of rows is computed again.
+    A file that cannot be read or has another number of rows is computed again. The time that the
+    pass took lies beside it, for `rate`.
     """
     from lemon_muse.data.files import write_atomic
 
@@ -135,9 +138,23 @@ def cached(path: Path, compute: Callable[[], np.ndarray], *, rows: int) -> np.nd
             log.warning("%s does not fit the table and is computed again", path)
         except (OSError, ValueError, EOFError) as error:
             log.warning("%s is damaged (%s) and is computed again", path, error)
+    began = time.perf_counter()
     result = compute()
+    seconds = time.perf_counter() - began
     stream = io.BytesIO()
     np.save(stream, result)
     path.parent.mkdir(parents=True, exist_ok=True)
+    said = {"rows": len(result), "seconds": round(seconds, 3)}
+    write_atomic(path.with_suffix(".json"), json.dumps(said).encode())
     write_atomic(path, stream.getvalue())
     return result
+
+
+def rate(path: Path) -> dict[str, float]:
+    """{'nuclei_per_second': …} of the pass that made a features file, reading included; {} where
+    it is not known."""
+    try:
+        said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return {"nuclei_per_second": round(said["rows"] / said["seconds"], 1)}
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return {}

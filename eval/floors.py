@@ -53,9 +53,18 @@ def floor_features(
     if out is None:
         raise ValueError("the table is empty")
     if name == "colour":
-        train = out[table.rows("train")]
+        train = out[fitting_rows(table)]
         out = (out - train.mean(0)) / np.maximum(train.std(0), 1e-6)
     return out
+
+
+def fitting_rows(table: Table) -> np.ndarray:
+    """Rows that floors are fitted on, without labels, int64: train, or all where folds divide.
+
+    With folds that is transductive and makes floors higher, if anything: never the encoder.
+    """
+    train = table.rows("train")
+    return train if len(train) else np.arange(len(table))
 
 
 def _colour(pixels: np.ndarray) -> np.ndarray:
@@ -82,7 +91,7 @@ def _root_histogram(pixels: np.ndarray) -> np.ndarray:
 def _pixel_pca(table: Table, *, size: int, mpp: float, seed: int, workers: int) -> np.ndarray:
     from sklearn.decomposition import PCA
 
-    train = table.rows("train")
+    train = fitting_rows(table)
     if len(train) > PCA_ROWS:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:PCA_ROWS])
     wanted = np.zeros(len(table), bool)
@@ -130,10 +139,10 @@ def random_encoder(encoder: nn.Module, *, seed: int) -> nn.Module:
     import timm
 
     from lemon_muse.backbones.vit import prepare_moco_vit
-    from lemon_muse.dense import DenseEncoder
 
-    if isinstance(encoder, DenseEncoder):
-        return encoder.fresh(seed=seed)
+    if hasattr(encoder, "fresh"):
+        fresh: nn.Module = encoder.fresh(seed=seed)  # type: ignore[operator]
+        return fresh
     fresh = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

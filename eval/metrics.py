@@ -39,6 +39,12 @@ def macro_f1(matrix: np.ndarray) -> np.ndarray:
     return _divide(np.nansum(f1, -1), (~np.isnan(f1)).sum(-1))
 
 
+def weighted_f1(matrix: np.ndarray) -> np.ndarray:
+    """Mean F1 over classes, weighted by their true nuclei, [...]."""
+    truth = matrix.sum(-1)
+    return _divide((np.nan_to_num(class_f1(matrix)) * truth).sum(-1), truth.sum(-1))
+
+
 def auroc_pairs(
     labels: np.ndarray, scores: np.ndarray, patient: np.ndarray, *, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from eval import benchmarks, metrics
 from eval.dense import Windows, joined, windows_of
 from eval.dense import encode as encode_nuclei
 from eval.features import encode
-from eval.probes import knn_votes
+from eval.probes.knn import knn_votes
 from eval.samplers import VALID
 from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError

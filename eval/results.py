@@ -23,6 +23,10 @@ from lemon_muse.data.table import Table
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Params = dict[str, float | int | str]
+# The metrics without which a measurement is not whole, by what is measured; written last.
+NEEDED = (metrics.METRICS, ("pearson",), ("purity/class",))
+LAST = frozenset(name for names in NEEDED for name in names)
 # Bytes; a row has a few hundred.
 LONGEST_LINE = 65536
 
@@ -37,6 +41,7 @@ class Key(NamedTuple):
     probe: str
     seed: int
     split: str
+    task: str
 
 
 def key_of(row: Row) -> Key:
@@ -64,9 +69,10 @@ def read(path: Path) -> list[Row]:
 
 
 def complete(rows: list[Row], key: Key) -> list[Row]:
-    """The rows of `key` if every summary metric is among them, else []."""
+    """The rows of `key` if every metric that one kind of measurement needs is there, else []."""
     mine = [row for row in rows if key_of(row) == key]
-    return mine if set(metrics.METRICS) <= {row["metric"] for row in mine} else []
+    have = {row["metric"] for row in mine}
+    return mine if any(have.issuperset(names) for names in NEEDED) else []
 
 
 def append(path: Path, rows: list[Row]) -> None:
@@ -97,10 +103,9 @@ def make_rows(
     found: dict[str, bootstrap.Interval],
     *,
     encoder: str,
-    task: str,
     n: int,
     seconds: float,
-    params: dict[str, float | int | str],
+    params: Params,
 ) -> list[Row]:
     """One row a metric; a value that is not defined becomes null.
 
@@ -114,7 +119,7 @@ def make_rows(
     return [
         {
             "benchmark": key.benchmark,
-            "task": task,
+            "task": key.task,
             "encoder": encoder,
             "encoder_hash": key.encoder_hash,
             "protocol": key.protocol,
@@ -130,7 +135,7 @@ def make_rows(
             "version": key.version,
             "params": params,
         }
-        for metric, interval in sorted(found.items(), key=lambda item: item[0] in metrics.METRICS)
+        for metric, interval in sorted(found.items(), key=lambda item: item[0] in LAST)
     ]
 
 
@@ -161,12 +166,11 @@ def write_predictions(
     x, y float64 [n]; row int64 [n] (of the table); confusion int64 [K, K]; classes str [K];
     encoder and key: str scalars (the key as JSON).
     """
-    from lemon_muse.data.files import write_atomic
-
     labels, predicted = table.label[rows], scores.argmax(1)
-    stream = io.BytesIO()
-    np.savez_compressed(
-        stream,
+    _write(
+        path,
+        key,
+        encoder,
         labels=labels,
         predicted=predicted.astype(np.int64),
         scores=scores.astype(np.float32),
@@ -178,8 +182,48 @@ def write_predictions(
         row=np.asarray(rows, np.int64),
         confusion=metrics.confusion(labels, predicted, classes=len(table.classes)),
         classes=np.array(table.classes, str),
+    )
+
+
+def write_pearson(
+    path: Path,
+    key: Key,
+    values: np.ndarray,
+    *,
+    slides: np.ndarray,
+    patients: np.ndarray,
+    genes: tuple[str, ...],
+    predicted: np.ndarray,
+    rows: np.ndarray,
+    encoder: str,
+) -> None:
+    """What a regression gives, atomically, as .npz.
+
+    Arrays: pearson float64 [S, G]; slides, patients str [S]; genes str [G]; predicted float16
+    [n, G]; row int64 [n] (of the table); encoder and key as in `write_predictions`.
+    """
+    _write(
+        path,
+        key,
+        encoder,
+        pearson=values,
+        slides=slides.astype(str),
+        patients=patients.astype(str),
+        genes=np.array(genes, str),
+        predicted=predicted.astype(np.float16),
+        row=np.asarray(rows, np.int64),
+    )
+
+
+def _write(path: Path, key: Key, encoder: str, **arrays: np.ndarray) -> None:
+    from lemon_muse.data.files import write_atomic
+
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream,
         encoder=np.array(encoder),
         key=np.array(json.dumps(list(key))),
+        **arrays,  # type: ignore[arg-type]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, stream.getvalue())

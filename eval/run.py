@@ -1,76 +1,21 @@
 """`lemon-muse eval`: a frozen encoder and its floors through the probes of a benchmark."""
 
-import logging
 import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from lemon_muse.config import Config
+from eval.settings import Eval
 from lemon_muse.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from eval.benchmarks import Benchmark
-    from eval.probes import Outcome
+    from eval.benchmarks import Benchmark, Request
+    from eval.measure import Job
     from eval.sources import Source
     from lemon_muse.data.table import Table
 
-log = logging.getLogger(__name__)
+__all__ = ["Eval", "run"]
 
-MUSE_PROBES = ("knn", "linear")
 # Bytes of crops in gallery.npz: with large windows it holds fewer nuclei.
 GALLERY_BYTES = 64_000_000
-
-
-class Eval(Config):
-    """Measure a frozen encoder on a benchmark, beside floors, with intervals over patients."""
-
-    encoder: str = Field(
-        description="encoder folder or run folder; released MUSE file (.pth); timm folder; "
-        "timm:NAME[,checkpoint_path=FILE]; random:ENCODER = the same network untrained; "
-        "floor:majority, floor:colour, floor:histogram, floor:pixel_pca (optionally @40px0.25)"
-    )
-    benchmark: str = Field(description="name of the benchmark: brcam2c, folder")
-    root: Path = Field(description="folder of the benchmark's data, in its published layout")
-    probe: Literal["knn", "logistic", "linear", "all"] = Field("all", description="probe")
-    protocol: Literal["default", "muse"] = Field(
-        "default",
-        description="muse: k chosen on the test set by accuracy, tokens read with aligned corners, "
-        "as published",
-    )
-    split: Literal["test", "val"] = Field(
-        "test", description="split that is scored; val to compare settings without touching test"
-    )
-    sampler: Literal["auto", "crop", "map", "tokens", "cls"] = Field(
-        "auto",
-        description="crop: the encoder's window around a nucleus; map: MUSE's dense map at the "
-        "nucleus; tokens: a ViT's last patch tokens at the nucleus; cls: class token of a window "
-        "around the nucleus; auto: map or crop, what the encoder is made for",
-    )
-    window: int | None = Field(
-        None, gt=0, description="side of what the network sees, px; none = the encoder's"
-    )
-    valid: int | None = Field(
-        None,
-        gt=0,
-        description="map, tokens: side of the middle of a window that nuclei are read in, px; "
-        "none = 224, or the window where that is smaller",
-    )
-    mpp: float | None = Field(
-        None, gt=0, description="µm per pixel of the window; none = the encoder's"
-    )
-    floors: bool = Field(True, description="also run every floor with the same probes")
-    out: Path = Field(Path("runs/eval"), description="folder for rows, predictions and features")
-    seed: int = Field(0, ge=0, description="folds, SGD, PCA, random encoder, bootstrap")
-    workers: int = Field(1, ge=0, description="threads that read images ahead")
-    device: str = Field("auto", description="cpu, cuda, cuda:N; auto = cuda where there is one")
-    batch: int = Field(
-        256, ge=1, description="nuclei per forward pass; a window of 224 px counts as 8"
-    )
 
 
 def run(cfg: Eval) -> list[dict[str, Any]]:
@@ -81,36 +26,35 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
 
     Raises:
         UserError: an unknown benchmark, a data folder or encoder that cannot be read, a split
-            without nuclei, a probe that the protocol does not have.
+            without nuclei, a probe that the task or the protocol does not have.
     """
+    if cfg.sweep is not None:
+        from eval.sweep import run_sweep
+
+        return run_sweep(cfg)
     from eval import benchmarks, sources
+    from eval.measure import measure
     from eval.samplers import Words
     from eval.summary import summary
 
     benchmark = benchmarks.find(cfg.benchmark)
-    probes = _probes(cfg)
     device = _device(cfg.device)
+    request = _request(cfg, benchmark)
+    paper = _paper(cfg, benchmark, request)
     settings: dict[str, Any] = {"workers": cfg.workers, "device": device, "batch": cfg.batch}
-    words = Words(cfg.sampler, cfg.window, cfg.valid, cfg.mpp, _align(cfg))
+    align: Any = paper.align if paper else "centre"
+    words = Words(cfg.sampler, cfg.window, cfg.valid, cfg.mpp, align, cfg.resize, cfg.pos_resample)
     subject = sources.resolve(cfg.encoder, words=words, seed=cfg.seed, **settings)
-    table = benchmark.load(cfg.root)
-    _describe(benchmark, table, cfg)
-    # The same benchmark on other files is another measurement.
-    version = f"{benchmark.version}+{table.content_hash[:8]}"
-    tasks = [subject]
-    if cfg.floors:
-        tasks += sources.floors_of(subject, seed=cfg.seed, **settings)
+    table = benchmark.load(cfg.root, request)
+    job = _job(cfg, benchmark, request, table, device=device)
+    _describe(benchmark, job, cfg, request)
     rows: list[dict[str, Any]] = []
-    for source in tasks:
-        rows += _measure(cfg, source, table, benchmark, probes, version=version, device=device)
-    if subject.network is not None and not subject.is_floor:
-        _write_gallery(cfg, subject, table, benchmark)
-    scored = table.rows(cfg.split)
-    print(
-        f"\n{benchmark.name}, {cfg.split}: {len(scored)} nuclei of "
-        f"{len(set(table.patient[scored]))} patients, protocol {cfg.protocol}, "
-        f"95 % intervals over patients\n"
-    )
+    floors = sources.floors_of(subject, seed=cfg.seed, **settings) if cfg.floors else []
+    for source in [subject, *floors]:
+        rows += measure(source, job)
+    if subject.network is not None and not subject.is_floor and table.targets is None:
+        _write_gallery(cfg, subject, job)
+    print(f"\n{_heading(job)}\n")
     print(summary(rows, encoder=subject.name, out=cfg.out, seed=cfg.seed))
     print(
         f"\nrows: {cfg.out / 'results.jsonl'}\npredictions: {cfg.out / 'predictions'}", flush=True
@@ -118,22 +62,85 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
     return rows
 
 
-def _align(cfg: Eval) -> Literal["centre", "released"]:
-    """The published evaluation reads tokens with aligned corners, up to half a token beside."""
-    return "released" if cfg.protocol == "muse" else "centre"
+def _request(cfg: Eval, benchmark: "Benchmark") -> "Request":
+    from eval.benchmarks import Request, task_of
+
+    asked = Request(cfg.task, cfg.protocol, cfg.image_mpp, cfg.slides, cfg.out / "cache", cfg.seed)
+    task_of(benchmark, asked)
+    return asked
 
 
-def _probes(cfg: Eval) -> list[str]:
-    from eval.probes import PROBES
+def _paper(cfg: Eval, benchmark: "Benchmark", request: "Request") -> Any:
+    """The published protocol, said aloud; None under the default one."""
+    from eval.benchmarks import task_of
 
-    known = [name for name in PROBES if cfg.protocol == "default" or name in MUSE_PROBES]
+    if cfg.protocol == "default":
+        return None
+    task = task_of(benchmark, request)
+    paper = benchmark.paper(task)
+    if paper is None:
+        raise UserError(f"nothing is published on {benchmark.name} {task}; use protocol=default.")
+    print(f"note: protocol=paper ({paper.source}): {paper.says}", file=sys.stderr)
+    return paper
+
+
+def _job(
+    cfg: Eval, benchmark: "Benchmark", request: "Request", table: "Table", *, device: str
+) -> "Job":
+    from eval import plans
+    from eval.benchmarks import task_of
+    from eval.measure import Job
+
+    task = task_of(benchmark, request)
+    if cfg.split == "val":
+        if not len(table.rows("val")):
+            raise UserError(f"{cfg.root} has no val nucleus; use split=test.")
+        folds = plans.official(table, scored="val")
+    elif cfg.plan == "auto":
+        folds = benchmark.folds(table, request)
+    else:
+        folds = plans.from_word(cfg.plan, table, seed=cfg.seed)
+    # The same benchmark on other files is another measurement.
+    return Job(
+        benchmark=benchmark.name,
+        task=task if cfg.plan == "auto" else f"{task} {cfg.plan}",
+        version=f"{benchmark.version}+{table.content_hash[:8]}",
+        table=table,
+        folds=tuple(folds),
+        probes=_probes(cfg, benchmark, task, table),
+        protocol=cfg.protocol,
+        split=cfg.split,
+        seed=cfg.seed,
+        out=cfg.out,
+        device=device,
+        workers=cfg.workers,
+        batch=cfg.batch,
+    )
+
+
+def _probes(cfg: Eval, benchmark: "Benchmark", task: str, table: "Table") -> tuple[str, ...]:
+    from eval.probes import PROBES, USUAL
+
+    kind = "class" if table.targets is None else "regression"
+    known = [name for name, (_, _, measures) in PROBES.items() if measures == kind]
+    if kind == "class":
+        known.append("robustness")
+    usual = [name for name in USUAL if name in known]
+    if cfg.protocol == "paper":
+        paper = benchmark.paper(task)
+        known = list(paper.probes) if paper else []
+        usual = [name for name in known if name != "finetune"]
     if cfg.probe == "all":
-        return known
-    if cfg.probe not in known:
+        return tuple(usual)
+    wanted = tuple(dict.fromkeys(word.strip() for word in cfg.probe.split(",") if word.strip()))
+    wrong = [name for name in wanted if name not in known]
+    if wrong or not wanted:
+        what = "protocol=paper" if cfg.protocol == "paper" else f"{benchmark.name} {task}"
         raise UserError(
-            f"protocol=muse has no probe '{cfg.probe}'; use probe=knn, probe=linear or probe=all."
+            f"{what} has no probe '{(wrong or [''])[0]}'; use one or more of "
+            f"{', '.join(known)}, or all."
         )
-    return [cfg.probe]
+    return wanted
 
 
 def _device(word: str) -> str:
@@ -150,120 +157,52 @@ def _device(word: str) -> str:
     return word
 
 
-def _describe(benchmark: "Benchmark", table: "Table", cfg: Eval) -> None:
+def _describe(benchmark: "Benchmark", job: "Job", cfg: Eval, request: "Request") -> None:
     """Say on stderr what the data lacks; stop where nothing can be measured."""
     import numpy as np
 
-    for split in ("train", cfg.split):
-        if not len(table.rows(split)):
-            raise UserError(f"{cfg.root} has no {split} nucleus; eval needs train and {cfg.split}.")
-    for sentence in benchmark.check(cfg.root):
+    from eval.plans import shares_patients
+
+    for fold in job.folds:
+        for what, rows in (("train", fold.train), (fold.name, fold.test)):
+            if not len(rows):
+                raise UserError(f"{cfg.root} has no {what} nucleus; eval needs train and test.")
+    for sentence in benchmark.check(cfg.root, request):
         print(f"note: {sentence}", file=sys.stderr)
-    scored = np.bincount(table.label[table.rows(cfg.split)], minlength=len(table.classes))
-    if len(np.unique(table.patient[table.rows(cfg.split)])) < 2:
+    table, scored = job.table, job.scored
+    if shares_patients(table, job.folds):
+        print("note: train and test share patients under this plan.", file=sys.stderr)
+    if len(np.unique(table.patient[scored])) < 2:
         print(f"note: {cfg.split} has a single patient: there are no intervals.", file=sys.stderr)
-    absent = [name for name, n in zip(table.classes, scored, strict=True) if not n]
-    if absent:
-        print(
-            f"note: no {cfg.split} nucleus is {' or '.join(absent)}: left out of the means.",
-            file=sys.stderr,
-        )
-
-
-def _measure(
-    cfg: Eval,
-    source: "Source",
-    table: "Table",
-    benchmark: "Benchmark",
-    probes: list[str],
-    *,
-    version: str,
-    device: str,
-) -> list[dict[str, Any]]:
-    """The rows of one source under every probe; what is on disk is not computed again."""
-    from eval import bootstrap, results
-
-    path = cfg.out / "results.jsonl"
-    known = results.read(path)
-    rows: list[dict[str, Any]] = []
-    x: np.ndarray | None = None
-    for probe in probes:
-        key = results.Key(
-            source.hash, benchmark.name, version, cfg.protocol, probe, cfg.seed, cfg.split
-        )
-        file = results.predictions_path(cfg.out, key, encoder=source.name)
-        done = results.complete(known, key)
-        if done and results.has_predictions(file, key):
-            rows += [{**row, "encoder": source.name} for row in done]
-            continue
-        if x is None and source.features is not None:
-            folder = cfg.out / "features"
-            x = source.load(
-                table, benchmark=benchmark.name, version=benchmark.version, folder=folder
+    if table.targets is None:
+        counts = np.bincount(table.label[scored], minlength=len(table.classes))
+        absent = [name for name, n in zip(table.classes, counts, strict=True) if not n]
+        if absent:
+            print(
+                f"note: no {cfg.split} nucleus is {' or '.join(absent)}: left out of the means.",
+                file=sys.stderr,
             )
-        began = time.perf_counter()
-        outcome = _probe(cfg, probe, x, table, device=device)
-        seconds = time.perf_counter() - began
-        scored = table.rows(cfg.split)
-        scores = outcome.test if cfg.split == "test" else outcome.val
-        results.write_predictions(file, key, table, scored, scores, encoder=source.name)
-        if not done:
-            found = bootstrap.intervals(
-                table.label[scored],
-                scores.argmax(1),
-                scores,
-                table.patient[scored],
-                classes=table.classes,
-                seed=cfg.seed,
-            )
-            done = results.make_rows(
-                key,
-                found,
-                encoder=source.name,
-                task=benchmark.task,
-                n=len(scored),
-                seconds=seconds,
-                params={**outcome.params, **source.params},
-            )
-            # The rows come last: a key that has rows has its predictions.
-            have = {row["metric"] for row in known if results.key_of(row) == key}
-            results.append(path, [row for row in done if row["metric"] not in have])
-        print(f"{source.name}: {probe} in {seconds:.1f} s", file=sys.stderr, flush=True)
-        # Two names may have one hash (an encoder that was not trained, and random weights).
-        rows += [{**row, "encoder": source.name} for row in done]
-    return rows
 
 
-def _probe(
-    cfg: Eval, probe: str, x: "np.ndarray | None", table: "Table", *, device: str
-) -> "Outcome":
-    from eval.floors import majority_scores
-    from eval.probes import PROBES, Outcome, Part
-
-    classes = len(table.classes)
-    parts = {split: table.rows(split) for split in ("train", "val", "test")}
-    if x is None:
-        labels = table.label[parts["train"]]
-        val, test = (
-            majority_scores(labels, len(parts[s]), classes=classes) for s in ("val", "test")
-        )
-        return Outcome(val, test, {})
-    given = [Part(x[rows], table.label[rows], table.patient[rows]) for rows in parts.values()]
-    extra: dict[str, Any] = {"protocol": cfg.protocol} if probe == "knn" else {}
-    return PROBES[probe](*given, classes=classes, seed=cfg.seed, device=device, **extra)
+def _heading(job: "Job") -> str:
+    people = len(set(job.table.patient[job.scored].tolist()))
+    folds = f"{len(job.folds)} folds, " if len(job.folds) > 1 else ""
+    return (
+        f"{job.benchmark} {job.task}, {job.split}: {len(set(job.scored.tolist()))} nuclei of "
+        f"{people} patients, {folds}protocol {job.protocol}, 95 % intervals over patients"
+    )
 
 
-def _write_gallery(cfg: Eval, subject: "Source", table: "Table", benchmark: "Benchmark") -> None:
+def _write_gallery(cfg: Eval, subject: "Source", job: "Job") -> None:
     """gallery.npz for the pictures of the report: some nuclei with features and pixels."""
     from eval.report.gallery import LIMIT, NAME, choose_rows, write_gallery
 
+    table = job.table
     limit = max(100, min(LIMIT, GALLERY_BYTES // (3 * subject.size**2)))
     rows = choose_rows(table.split, limit=limit, seed=cfg.seed)
-    folder = cfg.out / "features"
-    x = subject.load(table, benchmark=benchmark.name, version=benchmark.version, folder=folder)
     write_gallery(
         cfg.out / NAME,
-        features=x[rows],
+        features=job.features(subject)[rows],
         crops=table.crops(subject.size, subject.mpp, rows),
         labels=table.label[rows],
         classes=table.classes,

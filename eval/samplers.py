@@ -1,6 +1,8 @@
-"""How the feature of a nucleus is read off an encoder: `sampler=`, `window=`, `valid=`, `mpp=`.
+"""How the feature of a nucleus is read off an encoder: `sampler=`, `window=`, `valid=`, `mpp=` …
 
-crop    the encoder's feature of its own window, with the nucleus in the middle
+crop    the encoder's feature of its own window, with the nucleus in the middle; with `resize=true`
+        of a window of another side, brought to that of the network's input (as the LEMON paper
+        gives 40 px crops to tile encoders)
 map     the dense map of a MUSE encoder, read at the nucleus
 tokens  the last patch tokens of a ViT (through its final norm), read at the nucleus
 cls     the class token of a ViT (MUSE: the encoder's image feature) of a window around the nucleus
@@ -11,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from eval.dense import dense_features, per_pass
 from eval.features import cache_key, features
-from lemon_muse.backbones.sampling import sample
+from eval.readers import ClassToken, Resized, Tokens
 from lemon_muse.data.table import Table
 from lemon_muse.dense import DenseEncoder
-from lemon_muse.encoder import Encoder
 from lemon_muse.errors import UserError
 
 Sampler = Literal["auto", "crop", "map", "tokens", "cls"]
@@ -36,7 +36,9 @@ class Words:
 
     `align` is how tokens are read: 'centre' (a token stands in the middle of its patch) or
     'released' (corners aligned, as in the published evaluation of MUSE). A map is read as its
-    network was trained.
+    network was trained. `resize` brings the window to the side of the network's input.
+    `pos_resample` is for released MUSE ViTs: the published evaluation resamples their positions
+    once more; None = where its convention is asked for.
     """
 
     sampler: Sampler = "auto"
@@ -44,11 +46,19 @@ class Words:
     valid: int | None = None
     mpp: float | None = None
     align: Align = "centre"
+    resize: bool = False
+    pos_resample: bool | None = None
 
     @property
     def any(self) -> bool:
         """Whether something is asked for that a floor cannot have."""
-        return (self.sampler, self.window, self.valid, self.mpp) != ("auto", None, None, None)
+        asked = (self.sampler, self.window, self.valid, self.mpp, self.resize)
+        return asked != ("auto", None, None, None, False)
+
+    @property
+    def resamples_positions(self) -> bool:
+        """Whether a released MUSE ViT is opened as the published evaluation opens it."""
+        return self.align == "released" if self.pos_resample is None else self.pos_resample
 
 
 ALL_OWN = Words()
@@ -60,11 +70,12 @@ class Look:
 
     Attributes:
         sampler: crop, map, tokens or cls.
-        window: side of what the network sees, px at `mpp`.
+        window: side of what is cut out, px at `mpp`: what the network sees, unless `resize`.
         valid: side of the middle part that nuclei are read in, px; None where the nucleus is in
             the middle of a window of its own.
         align: convention of the reading; '' where nothing is read off a map.
         own: the way that the encoder was made for.
+        resize: side that the window is brought to before the network sees it, px; None = it is not.
     """
 
     sampler: str
@@ -73,6 +84,12 @@ class Look:
     mpp: float
     align: str
     own: bool
+    resize: int | None = None
+
+    @property
+    def side(self) -> int:
+        """Side of what the network sees, px."""
+        return self.resize or self.window
 
     @property
     def tag(self) -> str:
@@ -80,6 +97,7 @@ class Look:
         if self.own:
             return ""
         how = f":{self.sampler}" if self.sampler in ("tokens", "cls") else ""
+        how = ":resized" if self.resize else how
         valid = f"/{self.valid}" if self.valid else ""
         return f"{how}@{self.window}{valid}px{self.mpp:g}"
 
@@ -88,12 +106,13 @@ class Look:
         if self.own:
             return content
         parts = (self.sampler, self.window, self.valid or 0, self.mpp, self.align)
-        return cache_key(content, *parts)
+        return cache_key(content, *parts, *((self.resize,) if self.resize else ()))
 
     def facts(self, content: str) -> dict[str, float | int | str]:
         """For `params` of a result row."""
         said: dict[str, float | int | str] = {"sampler": self.sampler, "window": self.window}
         said |= {"valid": self.valid, "align": self.align} if self.valid else {}
+        said |= {"resize": self.resize} if self.resize else {}
         return {**said, "mpp": self.mpp, **({} if self.own else {"content_hash": content})}
 
 
@@ -110,13 +129,15 @@ def choose(encoder: Any, words: Words = Words()) -> Look:
     assert sampler in get_args(Sampler)
     _possible(encoder, sampler)
     window, mpp = words.window or int(encoder.image_size), words.mpp or float(encoder.mpp)
-    if sampler == "crop" and window != encoder.image_size:
+    resize = _resize(encoder, words, sampler)
+    if sampler == "crop" and window != encoder.image_size and not resize:
         raise UserError(
             f"window={window}: sampler=crop takes the window of {encoder.name}, "
-            f"{encoder.image_size} px; use sampler=cls or tokens for another."
+            f"{encoder.image_size} px; add resize=true to bring yours to that side, or use "
+            f"sampler=cls or tokens."
         )
     patch = encoder.patch_size
-    if patch and window % patch:
+    if patch and (resize or window) % patch:
         raise UserError(
             f"window={window} cannot be cut into patches of {patch} px; use "
             f"window={max(1, round(window / patch)) * patch}."
@@ -130,7 +151,25 @@ def choose(encoder: Any, words: Words = Words()) -> Look:
     align = "" if whole else encoder.settings.convention if dense else words.align
     usual = ("map" if dense else "crop", encoder.image_size, min(window, VALID) if dense else None)
     own = (sampler, window, valid) == usual and mpp == float(encoder.mpp)
-    return Look(sampler, window, valid, mpp, align, own)
+    return Look(sampler, window, valid, mpp, align, own, resize)
+
+
+def _resize(encoder: Any, words: Words, sampler: str) -> int | None:
+    """Side that the window is brought to; None where it has it, or is taken as it is."""
+    if not words.resize:
+        return None
+    if sampler != "crop":
+        raise UserError(
+            f"resize=true goes with sampler=crop, not {sampler}: nuclei are read off windows as "
+            f"they are."
+        )
+    if words.window is None:
+        raise UserError(
+            f"resize=true needs the window that is brought to the {encoder.image_size} px of "
+            f"{encoder.name}, as in window=40 mpp=0.25."
+        )
+    side = int(encoder.image_size)
+    return side if words.window != side else None
 
 
 def _possible(encoder: Any, sampler: str) -> None:
@@ -147,6 +186,8 @@ def _possible(encoder: Any, sampler: str) -> None:
             f"for a ViT."
         )
     if dense or sampler == "crop":
+        return
+    if sampler == "tokens" and getattr(encoder, "patch_tokens", None):
         return
     network = encoder.network
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "patch_embed"):
@@ -168,80 +209,33 @@ def features_of(
     """Features of every row of the table, float32 [n, dim]."""
     common: dict[str, Any] = {"workers": workers, "device": device, "name": name}
     if look.valid is None:
-        reader = encoder
-        if look.sampler == "cls":
-            reader = ClassToken(encoder, look.window, look.mpp)
-            batch = min(batch, per_pass(batch, look.window))
-        elif look.mpp != encoder.mpp:
-            reader = copy.copy(encoder)
-            reader.mpp = look.mpp
-        return features(reader, table, batch=batch, **common)
-    reader = Tokens(encoder, look.window, look.align) if look.sampler == "tokens" else encoder
+        batch = min(batch, per_pass(batch, look.side))
+        return features(reader(encoder, look), table, batch=batch, **common)
     return dense_features(
-        reader, table, window=look.window, valid=look.valid, mpp=look.mpp, batch=batch, **common
+        reader(encoder, look),
+        table,
+        window=look.window,
+        valid=look.valid,
+        mpp=look.mpp,
+        batch=batch,
+        **common,
     )
 
 
-class Tokens(nn.Module):
-    """Patch tokens of a ViT, read at nuclei; keeps the contract of `eval.dense`.
+def reader(encoder: Any, look: Look) -> nn.Module:
+    """The module that reads the encoder this way.
 
-    A ViT whose positions were learnt for another window gets its position table resampled once, by
-    timm's `set_input_size` (bicubic, antialiased); of a MUSE encoder the last map of the encoder is
-    read, and its positions are resampled as in training.
+    With `look.valid` it keeps the contract of `eval.dense` (`nuclei`, mean, std), else that of
+    `eval.features` (image_size, mpp, mean, std, and `forward` of windows normalised by them).
     """
-
-    def __init__(self, encoder: Any, window: int, align: str) -> None:
-        super().__init__()
-        self.mean, self.std, self.align = encoder.mean, encoder.std, align
-        self.dense = isinstance(encoder, DenseEncoder)
-        self.network = encoder if self.dense else vit_for(encoder, window)
-
-    def nuclei(
-        self, images: torch.Tensor, points: torch.Tensor, owner: torch.Tensor
-    ) -> torch.Tensor:
-        """float [B, 3, H, W], [n, 2] px, int64 [n] -> float [n, dim]."""
-        network: Any = self.network
-        if self.dense:
-            return network.tokens(images, points, owner)
-        size = (images.shape[-2], images.shape[-1])
-        tokens = normed_tokens(network, images)[:, network.num_prefix_tokens :]
-        grid = tuple(network.patch_embed.grid_size)
-        maps = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-        return sample(maps, points, owner, size=size, convention=self.align)  # type: ignore[arg-type]
-
-
-class ClassToken(nn.Module):
-    """One feature of a whole window; keeps the contract of `eval.features`."""
-
-    def __init__(self, encoder: Any, window: int, mpp: float) -> None:
-        super().__init__()
-        self.mean, self.std, self.image_size, self.mpp = encoder.mean, encoder.std, window, mpp
-        self.dense = isinstance(encoder, DenseEncoder)
-        self.network = encoder if self.dense else vit_for(encoder, window)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """float [B, 3, window, window] -> [B, width]."""
-        return self.network(images) if self.dense else normed_tokens(self.network, images)[:, 0]
-
-
-def vit_for(encoder: Encoder, window: int) -> nn.Module:
-    """The encoder's ViT for windows of this side; a copy where positions must be resampled."""
-    network: Any = encoder.network
-    if tuple(network.patch_embed.img_size or ()) == (window, window):
-        return network
-    if not hasattr(network, "set_input_size"):
-        raise UserError(
-            f"window={window}: {encoder.name} takes only {encoder.image_size} px; leave it out."
-        )
-    network = copy.deepcopy(network)
-    network.set_input_size(img_size=(window, window))
-    return network
-
-
-def normed_tokens(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """All last tokens of a timm ViT through its final norm, float [B, prefix + patches, D]."""
-    tokens = network.forward_features(images)
-    # Pooling ViTs norm after pooling: their tokens come without.
-    if isinstance(getattr(network, "norm", None), nn.Identity):
-        tokens = network.fc_norm(tokens)
-    return tokens
+    if look.valid is not None:
+        return Tokens(encoder, look.window, look.align) if look.sampler == "tokens" else encoder
+    if look.sampler == "cls":
+        return ClassToken(encoder, look.window, look.mpp)
+    if look.resize:
+        return Resized(encoder, look.window, look.mpp, side=look.resize)
+    if look.mpp == encoder.mpp:
+        return encoder
+    other = copy.copy(encoder)
+    other.mpp = look.mpp
+    return other

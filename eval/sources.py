@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval import floors, samplers, timm_encoders
+from eval import floors, samplers
+from eval.encoders import open_encoder
 from eval.features import cache_key, cached
 from lemon_muse.data.table import Table
 from lemon_muse.errors import UserError
@@ -39,13 +41,27 @@ class Source:
     def is_floor(self) -> bool:
         return self.name.startswith(("floor:", "random:"))
 
+    def path(self, table: Table, *, benchmark: str, version: str, folder: Path) -> Path:
+        """The file of its features of a table."""
+        key = cache_key(self.hash, benchmark, version, table.content_hash, self.size, self.mpp)
+        return folder / f"{key}.npy"
+
     def load(self, table: Table, *, benchmark: str, version: str, folder: Path) -> np.ndarray:
         """Features of every row, from the cache in `folder` where they are there."""
         if self.features is None:
             raise ValueError(f"{self.name} has no features")
         compute = self.features
-        key = cache_key(self.hash, benchmark, version, table.content_hash, self.size, self.mpp)
-        return cached(folder / f"{key}.npy", lambda: compute(table), rows=len(table))
+        path = self.path(table, benchmark=benchmark, version=version, folder=folder)
+        return cached(path, lambda: compute(table), rows=len(table))
+
+    @cached_property
+    def cost(self) -> dict[str, float | int | str]:
+        """What a forward pass costs, for the rows; {} of floors that have no network."""
+        if self.network is None or self.look is None:
+            return {}
+        from eval.cost import cost
+
+        return cost(self.network, self.look)
 
 
 def resolve(
@@ -68,27 +84,16 @@ def resolve(
     if word.startswith("floor:"):
         if words.any:
             raise UserError(
-                f"encoder='{word}': sampler=, window=, valid= and mpp= are not for floors; a "
-                f"floor's window stands in its name, as in floor:colour@80px0.5."
+                f"encoder='{word}': sampler=, window=, valid=, mpp= and resize= are not for "
+                f"floors; a floor's window stands in its name, as in floor:colour@80px0.5."
             )
         return _named_floor(word, seed=seed, workers=workers)
     settings: dict[str, Any] = {"workers": workers, "device": device, "batch": batch}
-    encoder = _open(word.removeprefix("random:"), words, random=word.startswith("random:"))
+    encoder = open_encoder(word.removeprefix("random:"), words, random=word.startswith("random:"))
     look = samplers.choose(encoder, words)
     if word.startswith("random:"):
         return randomised(encoder, seed=seed, look=look, **settings)
     return from_encoder(encoder, name=encoder.name, look=look, **settings)
-
-
-def _open(word: str, words: samplers.Words, *, random: bool) -> Any:
-    """The encoder of a folder, a file or a timm name."""
-    from lemon_muse.encoder import load
-
-    if word.startswith(timm_encoders.PREFIX):
-        return timm_encoders.from_word(word, mpp=words.mpp, random=random)
-    if timm_encoders.is_timm_folder(Path(word)):
-        return timm_encoders.from_folder(Path(word), mpp=words.mpp)
-    return load(Path(word))
 
 
 def _named_floor(word: str, *, seed: int, workers: int) -> Source:

@@ -8,15 +8,19 @@ import numpy as np
 from eval import bootstrap, results
 from eval.results import Row
 
-HEADER = ("balanced accuracy", "macro-F1")
-METRICS = ("balanced_accuracy", "macro_f1")
+# Of a predictions file of a classification.
+ARRAYS = ("labels", "predicted", "patient", "classes")
+# (metric, its heading) of a classification and of a regression; the first is compared.
+CLASS = (("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro-F1"))
+REGRESSION = (("pearson", "Pearson"),)
 
 
 def summary(rows: list[Row], *, encoder: str, out: Path, seed: int = 0) -> str:
     """One aligned block a probe, floors below the encoder.
 
     Values stand with their 95 % interval over patients; the last column is the encoder's balanced
-    accuracy minus the floor's on the same resampled patients, with its interval and two-sided p.
+    accuracy (Pearson's r) minus the floor's on the same resampled patients (slides), with its
+    interval and two-sided p.
 
     Args:
         rows: of one encoder and its floors, from `results.make_rows`.
@@ -28,17 +32,34 @@ def summary(rows: list[Row], *, encoder: str, out: Path, seed: int = 0) -> str:
     names.sort(key=lambda name: name != encoder)
     blocks = []
     for probe in dict.fromkeys(row["probe"] for row in rows):
-        last = [f"balanced accuracy of {encoder} minus this"] if len(names) > 1 else []
-        lines = [[probe, *HEADER, *last]]
-        for name in names:
-            values = [_cell(cells.get((name, probe, metric))) for metric in METRICS]
+        mine = [row for row in rows if row["probe"] == probe]
+        if probe == "robustness":
+            blocks.append(_listed(mine, names))
+            continue
+        shown = REGRESSION if any(row["metric"] == "pearson" for row in mine) else CLASS
+        first, title = shown[0]
+        present = [n for n in names if any((n, probe, metric) in cells for metric, _ in shown)]
+        last = [f"{title} of {encoder} minus this"] if len(present) > 1 else []
+        lines = [[probe, *(heading for _, heading in shown), *last]]
+        for name in present:
+            values = [_cell(cells.get((name, probe, metric))) for metric, _ in shown]
             if last:
-                pair = [cells.get((n, probe, METRICS[0])) for n in (encoder, name)]
+                pair = [cells.get((n, probe, first)) for n in (encoder, name)]
                 same = name == encoder or None in pair
                 values.append("" if same else _difference(pair, out=out, seed=seed))
             lines.append([name, *values])
         blocks.append(aligned(lines))
     return "\n\n".join(blocks)
+
+
+def _listed(rows: list[Row], names: list[str]) -> str:
+    """Measures of robustness: a line a metric, a column a source."""
+    cells = {(row["encoder"], row["metric"]): row for row in rows}
+    names = [n for n in names if any(name == n for name, _ in cells)]
+    metrics = dict.fromkeys(row["metric"] for row in rows)
+    lines = [["robustness", *names]]
+    lines += [[m, *(_cell(cells.get((name, m))) for name in names)] for m in metrics]
+    return aligned(lines)
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -65,8 +86,15 @@ def _difference(pair: list[Row | None], *, out: Path, seed: int) -> str:
         assert row is not None  # the caller leaves such pairs out
         path = results.predictions_path(out, results.key_of(row), encoder=row["encoder"])
         with np.load(path, allow_pickle=False) as file:
-            stored.append({k: file[k] for k in ("labels", "predicted", "patient", "classes")})
+            stored.append({k: file[k] for k in (*ARRAYS, "pearson", "patients") if k in file})
     mine, other = stored
+    if "pearson" in mine:
+        from eval import regression
+
+        found = regression.paired_difference(
+            mine["pearson"], other["pearson"], seed=seed, patient=mine["patients"]
+        )
+        return _said(found["pearson"])
     found = bootstrap.paired_difference(
         mine["predicted"],
         other["predicted"],
@@ -74,7 +102,11 @@ def _difference(pair: list[Row | None], *, out: Path, seed: int) -> str:
         mine["patient"],
         classes=len(mine["classes"]),
         seed=seed,
-    )[METRICS[0]]
+    )
+    return _said(found["balanced_accuracy"])
+
+
+def _said(found: dict[str, float]) -> str:
     if math.isnan(found["p"]):
         return f"{found['difference']:+.3f}"
     return (

@@ -27,6 +27,8 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
     "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),
+    "submit": ("launch.slurm", "Submit", "any of the above on a SLURM cluster; chains and sweeps"),
+    "status": ("launch.status", "Status", "how submissions and runs stand: step, rate, time left"),
 }
 USAGE = "usage: lemon-muse JOB [CONFIG.yaml] [key=value …] [--help] [--print-config]"
 
@@ -82,9 +84,10 @@ def overview() -> str:
 
 def run_job(words: list[str]) -> int:
     """Find the job, read its words, run it."""
-    from lemon_muse.config import dump, help_text, load, read
+    from lemon_muse.config import dump, help_text, read, validate
 
-    name, rest = _split(words)
+    name, rest = split_name(words)
+    rest, after = _sections(name, rest)
     module_name, model_name, line = JOBS[name]
     module = importlib.import_module(module_name)
     model = getattr(module, model_name)
@@ -93,7 +96,8 @@ def run_job(words: list[str]) -> int:
         keys = help_text(model.variant(read(model, given)))
         print(f"lemon-muse {name}: {line}\n\n{USAGE.replace('JOB', name)}\n\n{keys}")
         return 0
-    config = load(model, [w for w in rest if w != "--print-config"])
+    tree = read(model, [w for w in rest if w != "--print-config"])
+    config = validate(model, {**tree, **after})
     if "--print-config" in rest:
         print(dump(config), end="")
         return 0
@@ -104,7 +108,24 @@ def run_job(words: list[str]) -> int:
     return 0
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
+def _sections(name: str, words: list[str]) -> tuple[list[str], dict[str, object]]:
+    """The job's own words, and what is not written as key=value: jobs after --, folders."""
+    if name == "status":
+        bare = [w for w in words if "=" not in w and not w.startswith("-")]
+        return [w for w in words if w not in bare], ({"runs": tuple(bare)} if bare else {})
+    if name != "submit":
+        return words, {}
+    at = words.index("--") if "--" in words else len(words)
+    own = ["dry_run=true" if word == "--dry-run" else word for word in words[:at]]
+    return own, {"job": tuple(words[at + 1 :])} if at < len(words) else {}
+
+
+def split_name(words: list[str]) -> tuple[str, list[str]]:
+    """The job that words begin with, and the rest of them.
+
+    Raises:
+        UserError: there is no such job.
+    """
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in JOBS:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from lemon_muse.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
+WORD = re.compile(r"[\w.-]+=")
 
 
 class Config(BaseModel):
@@ -67,7 +68,8 @@ def read(model: type[Config], words: list[str]) -> dict[str, Any]:
     """The words as nested dicts; arguments and errors as for `load`."""
     tree: dict[str, Any] = {}
     for position, word in enumerate(words):
-        if "=" in word and not word.endswith((".yaml", ".yml")):
+        # The name of a YAML file may hold a '=', but a key is no path.
+        if WORD.match(word) and not (position == 0 and Path(word).is_file()):
             key, text = word.split("=", 1)
             _put(tree, key, _read_value(key, text))
         elif position == 0 and word.endswith((".yaml", ".yml")):

@@ -15,6 +15,7 @@ from torch import nn
 from lemon_muse import __version__
 from lemon_muse.backbones.muse import MuseBackbone, MuseNet, ViTTaps, build_muse
 from lemon_muse.backbones.sampling import sample
+from lemon_muse.errors import UserError
 from lemon_muse.frozen import FrozenEncoder
 
 # The released weights state neither: views had 0.25 to 0.5 µm/px (MUSE paper, Table 5), and the
@@ -194,15 +195,26 @@ def from_facts(facts: dict[str, Any], state: dict[str, torch.Tensor]) -> DenseEn
     )
 
 
-def from_released_file(path: Path) -> DenseEncoder:
+def from_released_file(
+    path: Path, stored: dict[str, Any], *, pos_resample: bool = False
+) -> DenseEncoder:
     """A released MUSE file (.pth), in evaluation mode, under the name of the file.
+
+    Args:
+        path: for the name.
+        stored: what `torch.load` gave for it.
+        pos_resample: a ViT's positions are resampled once, as the published evaluation does it
+            (`muse_weights.from_released`); said in the name, for it is another function.
 
     Raises:
         UserError: not such a file.
     """
     from lemon_muse.backbones.muse_weights import from_released
 
-    network = from_released(path)
+    try:
+        network = from_released(stored, pos_resample=pos_resample)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     vit = isinstance(network.encoder, ViTTaps)
     encoder = DenseEncoder(
         network,
@@ -211,6 +223,6 @@ def from_released_file(path: Path) -> DenseEncoder:
         mpp_range=RELEASED_RANGE,
         mean=IMAGENET[0],
         std=IMAGENET[1],
-        name=path.stem,
+        name=f"{path.stem}:pos_resample" if pos_resample and vit else path.stem,
     )
     return encoder.eval().requires_grad_(False)

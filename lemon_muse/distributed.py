@@ -1,7 +1,7 @@
 """One process or many on the same path: without torchrun every function here is the identity.
 
 Ranks come from the environment that torchrun or the SLURM launcher sets (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+LOCAL_RANK and either MASTER_ADDR, MASTER_PORT or, from the launcher, a file to meet at).
 """
 
 import os
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
+from lemon_muse import rendezvous
 from lemon_muse.errors import UserError
 
 
@@ -41,7 +42,7 @@ def process_group(device: str, *, timeout_minutes: float = 30) -> Iterator[torch
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        rendezvous.join(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield chosen
     finally:

@@ -175,21 +175,24 @@ def save_encoder(
     return folder
 
 
-def load(path: Path | str, *, check: bool = True) -> Union[Encoder, "DenseEncoder"]:
+def load(
+    path: Path | str, *, check: bool = True, pos_resample: bool = False
+) -> Union[Encoder, "DenseEncoder"]:
     """Open an encoder, in evaluation mode, on the CPU.
 
     Args:
-        path: the folder, a run folder that holds `encoder/`, or a released MUSE file (.pth).
+        path: the folder, a run folder that holds `encoder/`, or a released MUSE or LEMON file.
         check: compare the stored input/output pair (relative difference < 1e-3).
+        pos_resample: of a released MUSE ViT: its positions as the published evaluation has them.
 
     Raises:
         UserError: not an encoder folder, weights that do not fit, or another function than saved.
     """
     folder = Path(path)
-    if folder.is_file() or folder.suffix == ".pth":
-        from lemon_muse.dense import from_released_file
+    if folder.is_file() or folder.suffix in (".pth", ".tar"):
+        from lemon_muse.released import open_released
 
-        return from_released_file(folder)
+        return open_released(folder, pos_resample=pos_resample)
     if not (folder / "config.json").is_file() and (folder / "encoder" / "config.json").is_file():
         folder = folder / "encoder"
     if not (folder / "config.json").is_file():

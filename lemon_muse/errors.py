@@ -10,3 +10,16 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """The job failed while running (non-finite loss, full disk, collapse): exit code 1."""
+
+
+class Stopped(RunError):
+    """A signal ended the job in good order: everything is saved, the same words go on.
+
+    Args:
+        message: one sentence.
+        again: the scheduler wants it to go on later (SIGUSR2), rather than to end.
+    """
+
+    def __init__(self, message: str, *, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again

@@ -21,7 +21,7 @@ from lemon_muse.backbones.vit import use_plain_attention
 from lemon_muse.data.order import part
 from lemon_muse.data.shards import Index
 from lemon_muse.encoder import save_encoder
-from lemon_muse.errors import RunError
+from lemon_muse.errors import RunError, Stopped
 from lemon_muse.methods import METHODS
 from lemon_muse.methods.contract import Method
 from lemon_muse.monitor import Clock, Monitor
@@ -45,7 +45,8 @@ def run(cfg: Train, *, probe: Probe | None = None, card: dict[str, Any] | None =
 
     Raises:
         UserError: data or settings do not fit.
-        RunError: non-finite loss, collapse (if so configured), a signal to stop.
+        RunError: non-finite loss, collapse (if so configured).
+        Stopped: a signal; everything is saved.
     """
     with distributed.process_group(cfg.device) as device, Stop() as stop:
         index = cfg.open_data()
@@ -79,7 +80,7 @@ class Loop:
         self.dtype = steps.precision(cfg)
         if device.type == "cpu" and self.dtype == torch.bfloat16:
             use_plain_attention(self.method)
-        self.flops, self.peak, self.ending = 0.0, 1.0, False
+        self.flops, self.peak, self.ending, self.again = 0.0, 1.0, False, False
         self.unit = f"{method.reads}_per_s"
         # Here, before the run folder is made: a wrong init= must leave nothing behind.
         self.found = checkpoint.load_newest(cfg.out / "checkpoints")
@@ -139,9 +140,10 @@ class Loop:
             if self.step % cfg.save_every == 0 or self.step == cfg.steps or self.ending:
                 self.save()
             if self.ending and self.step < cfg.steps:
-                raise RunError(
+                raise Stopped(
                     f"stopped by {stop.name or 'another rank'} at step {self.step}; everything is "
-                    f"saved in {cfg.out}, run the same words to go on."
+                    f"saved in {cfg.out}, run the same words to go on.",
+                    again=self.again,
                 )
             clock.start_waiting()
 
@@ -187,7 +189,10 @@ class Loop:
             for key in out.keys() - {"loss", "features"}:
                 part_of = out[key].detach().float() / cfg.accumulate
                 scalars[key] = scalars[key] + part_of if key in scalars else part_of
-        bad, signalled = distributed.agree([not bool(loss.isfinite()), stop.wanted], self.device)
+        bad, self.ending, final = distributed.agree(
+            [not bool(loss.isfinite()), stop.wanted, stop.final], self.device
+        )
+        self.again = not final
         if bad:
             self._not_finite(loss, batch)
         norm = optim.clip(self.optimiser, cfg.optim.clip)
@@ -199,7 +204,6 @@ class Loop:
         names = sorted(scalars)
         means = distributed.mean_over_ranks(torch.stack([loss, *(scalars[k] for k in names)]))
         self.loss, self.scalars = means[0], dict(zip(names, means[1:].unbind(), strict=True))
-        self.ending = signalled
         return {"lr": rate, **logged, **norm}
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -187,7 +187,7 @@ def test_muse_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         FORMATS["muse"](enc.load(small_encoder(tmp_path / "crop")), tmp_path / "b", {})
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="not a MUSE checkpoint"):
+    with pytest.raises(UserError, match="neither a released LEMON file"):
         enc.load(tmp_path / "other.pth")
     with pytest.raises(UserError, match="there is no file"):
         enc.load(tmp_path / "none.pth")

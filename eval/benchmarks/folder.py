@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eval import plans
+from eval.benchmarks import DEFAULT, MUSE, Paper, Request
 from lemon_muse.data.layouts import folder
 from lemon_muse.data.table import SPLITS, Table
 from lemon_muse.errors import UserError
@@ -16,15 +18,16 @@ class Folder:
     """Tell apart the kinds of nuclei that a folder of images names."""
 
     name = "folder"
-    task = "class"
     version = "1"
+    tasks = ("class",)
 
-    def load(self, root: Path) -> Table:
+    def load(self, root: Path, request: Request = DEFAULT) -> Table:
         """Read the folder; nuclei without a class are left out.
 
         Raises:
             UserError: what the layout's reader says, or fewer than two classes occur.
         """
+        del request
         table = folder.read(root)
         if len(table.classes) < 2:
             raise UserError(
@@ -33,9 +36,19 @@ class Folder:
             )
         return table.take(np.flatnonzero(table.label >= 0))
 
-    def check(self, root: Path) -> list[str]:
+    def folds(self, table: Table, request: Request = DEFAULT) -> list[plans.Fold]:
+        """The split of slides.csv."""
+        del request
+        return plans.official(table)
+
+    def paper(self, task: str) -> Paper | None:
+        """MUSE's evaluation, on the user's own data."""
+        del task
+        return MUSE
+
+    def check(self, root: Path, request: Request = DEFAULT) -> list[str]:
         """Classes and splits without nuclei, patients in two splits; nothing is published."""
-        table = self.load(Path(root))
+        table = self.load(Path(root), request)
         said = []
         for split in SPLITS:
             label = table.label[table.split == split]

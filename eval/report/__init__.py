@@ -1,4 +1,4 @@
-"""`lemon-muse report`: one self-contained HTML page, its PNGs and `report.json` from results."""
+"""`lemon-muse report`: self-contained HTML pages, their PNGs and `report.json` from results."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ class Report(Config):
     """Tables and pictures from result files: one HTML page that needs nothing else."""
 
     results: tuple[str, ...] = Field(
-        description="results.jsonl files or folders that hold one, separated by commas"
+        description="results.jsonl files or folders that are searched for them, separated by commas"
     )
     run: Path | None = Field(
         default=None,
@@ -51,6 +51,11 @@ class Report(Config):
         default=True,
         description="also write the embedding for TensorBoard's projector (out/projector)",
     )
+    leaderboard: Literal["auto"] | bool = Field(
+        default="auto",
+        description="also write leaderboard.html, .csv and .tex over all encoders; auto: where "
+        "there are two encoders or two benchmarks",
+    )
 
     @field_validator("results", mode="before")
     @classmethod
@@ -64,6 +69,8 @@ class Report(Config):
 
 def run(cfg: Report) -> Path:
     """Write `report.html`, `report.json`, the PNGs and the projector folder into `cfg.out`.
+
+    Over several encoders or benchmarks also `leaderboard.html`, `.csv` and `.tex`.
 
     The page is a pure function of its inputs: the same files and settings give the same bytes.
 

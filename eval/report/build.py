@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.report import Report, embedding, html, page, pictures, sections
+from eval.report import Report, embedding, html, page, sections
 from eval.report import curves as curve_pictures
 from eval.report import gallery as galleries
 from eval.report import retrieval as neighbours
@@ -21,17 +21,19 @@ from eval.report.inputs import (
     none_if_nan,
     read_results,
     read_run,
-    results_file,
+    repeats,
+    results_files,
 )
+from eval.report.measured import probe_sections
 from eval.report.style import Picture
-from eval.report.tables import Board, boards, name_of
+from eval.report.tables import Board, boards, name_of, unique_names
 from eval.report.verdict import headline
 from lemon_muse import __version__
 from lemon_muse.errors import UserError
 
 Section = tuple[str, str, str]
-_OVERLAP = "overlapping bars settle no comparison; the paired differences in the table do."
-_RARE = "the F1 of a rare class depends on how rare it is, so it does not carry over to other data."
+# With more rows than this only those of the encoder in the foreground stand on the page.
+MOST_ROWS = 5000
 
 
 @dataclass(frozen=True)
@@ -52,32 +54,59 @@ def build(cfg: Report) -> Path:
     material = gather(cfg)
     drawn: list[Picture] = []
     numbers: dict[str, Any] = {}
-    parts = [_curves(material, drawn), *_probes(material, drawn)]
+    parts = [_curves(material, drawn), *probe_sections(material.boards, drawn)]
     parts += _gallery_sections(cfg, material, drawn, numbers)
     run = str(cfg.run or "")
     again = page.reproduce(page.command_of(cfg), material.rows, material.folder, run)
     parts.append(("reproduce", "How to reproduce", again))
-    notes = "".join(html.missing(note) for note in material.notes)
-    parts.append(("numbers", "All numbers", notes + sections.all_numbers(material.everything)))
+    parts.append(("numbers", "All numbers", _all_numbers(material)))
     board = material.boards[0]
     title = cfg.title or (board.encoders[0] if board.encoders else f"Floors of {board.benchmark}")
     top = sections.header(title, board, facts_of(material))
-    write(cfg.out, page.shell(title, top, parts), drawn, report_json(title, material, numbers))
+    pages = {PAGE: page.shell(title, top, parts)}
+    if wants_leaderboard(cfg, material.rows):
+        from eval.leaderboard import leaderboard
+
+        found = leaderboard(material.boards, material.everything, command=page.command_of(cfg))
+        drawn += found.pictures
+        pages |= found.pages
+    write(cfg.out, pages, drawn, report_json(title, material, numbers))
     target = cfg.out / PAGE
-    print(f"wrote {target}, {NUMBERS} and {len(drawn)} pictures")
+    others = "".join(f", {name}" for name in pages if name != PAGE)
+    print(f"wrote {target}{others}, {NUMBERS} and {len(drawn)} pictures")
     return target
+
+
+def wants_leaderboard(cfg: Report, rows: list[Row]) -> bool:
+    """What `leaderboard=` means for these rows."""
+    if cfg.leaderboard != "auto":
+        return cfg.leaderboard
+    encoders = {(r.encoder, r.encoder_hash) for r in rows if not r.is_floor}
+    return len(encoders) > 1 or len({r.benchmark for r in rows}) > 1
+
+
+def _all_numbers(material: Material) -> str:
+    """Every row, or, where they are too many for a page, those of the first encoder."""
+    notes = "".join(html.missing(note) for note in material.notes)
+    rows, board = material.everything, material.boards[0]
+    if len(rows) > MOST_ROWS and board.encoders:
+        names = unique_names(rows)
+        rows = [r for r in rows if names[r.encoder, r.encoder_hash] == board.encoders[0]]
+        notes += html.missing(f"Here: the rows of {board.encoders[0]}; report.json holds all.")
+    return notes + sections.all_numbers(rows)
 
 
 def gather(cfg: Report) -> Material:
     """Read and check all inputs before anything is drawn."""
-    files = list(dict.fromkeys(results_file(name) for name in cfg.results))
+    files = list(dict.fromkeys(file for name in cfg.results for file in results_files(name)))
     read = [read_results(file) for file in files]
     everything = [row for rows, _ in read for row in rows]
     notes = [note for _, some in read for note in some]
     rows = newest(everything)
-    if len(rows) < len(everything):
+    replaced = len(everything) - len(rows) - repeats(everything)
+    if replaced:
         notes.append(
-            f"{len(everything) - len(rows)} rows were measured again later or with another seed; "
+            f"{replaced} rows were measured again later or with another seed; "
             "they stand below, but not in the tables above."
         )
     found = [f.parent / galleries.NAME for f in files if (f.parent / galleries.NAME).is_file()]
@@ -156,55 +185,6 @@ def _curves(material: Material, drawn: list[Picture]) -> Section:
     if picture:
         drawn.append(picture)
     return ("training", "Learning curves", sections.curves(material.folder, picture))
-
-
-def _probes(material: Material, drawn: list[Picture]) -> list[Section]:
-    out = []
-    many = len(material.boards) > 1
-    for i, board in enumerate(material.boards):
-        end = f"-{i + 1}" if many else ""
-        place = " · ".join(
-            p for p in (board.benchmark, board.task, board.protocol, board.split) if p
-        )
-        of = f": {place}" if many else ""
-        body = [sections.probe_notes(board), sections.probe_table(board)]
-        whiskers = pictures.dots_and_whiskers(board, f"probes{end}")
-        if whiskers:
-            drawn.append(whiskers)
-            caption = (
-                "Dots are values, bars 95 % intervals, the dashed line is the best floor. What "
-                "lies to the right of it is better than what can be had without pretraining."
-            )
-            body.append(html.figure(whiskers, caption, warn=_OVERLAP))
-        out.append((f"probes{end}", f"Probes{of}", "\n".join(body)))
-        classes = _classes(board, drawn, end)
-        if classes:
-            out.append((f"classes{end}", f"Classes{of}", classes))
-    return out
-
-
-def _classes(board: Board, drawn: list[Picture], end: str) -> str:
-    if not board.encoders:
-        return ""
-    body = [sections.class_table(board)]
-    f1 = pictures.class_f1(board, f"class-f1{end}")
-    if f1:
-        drawn.append(f1)
-        caption = "F1 of each class with its 95 % interval; rings are the floors."
-        body.append(html.figure(f1, caption, warn=_RARE))
-    matrix = pictures.confusions(board, f"confusion{end}")
-    if matrix:
-        drawn.append(matrix)
-        caption = (
-            "Confusion matrices. Each row is a true class and adds up to 100 %; the diagonal is "
-            "the recall of the class, and its mean is the balanced accuracy. Counts stand beneath."
-        )
-        body.append(html.figure(matrix, caption))
-    else:
-        body.append(
-            html.missing("No predictions lie beside the results, so there is no confusion matrix.")
-        )
-    return "\n".join(body)
 
 
 def _gallery_sections(

@@ -71,6 +71,17 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Pearsons:
+    """One predictions file of a regression: correlations float64 [S, G] of slides str [S] and G
+    genes; `patient` str [S], None where the file does not say."""
+
+    values: np.ndarray
+    slides: np.ndarray
+    genes: list[str]
+    patient: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """What a run folder says: `metrics` maps a name to (steps, values), both float64 [k]."""
 
@@ -85,17 +96,21 @@ def none_if_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def results_file(name: str) -> Path:
-    """The results.jsonl that a word of `results=` means: a file, or a folder that holds one."""
+def results_files(name: str) -> list[Path]:
+    """The results.jsonl files that a word of `results=` means: a file, or a folder to search.
+
+    Raises:
+        UserError: there is no such file, or the folder holds none at any depth.
+    """
     path = Path(name)
-    if path.is_dir():
-        path = path / "results.jsonl"
-    if not path.is_file():
+    found = [path] if path.is_file() else sorted(path.rglob("results.jsonl"))
+    if not found:
+        place = path / "results.jsonl" if path.is_dir() else path
         raise UserError(
-            f"there is no results file {path}; give results= the results.jsonl that "
-            "'lemon-muse eval' wrote, or its folder."
+            f"there is no results file {place}; give results= the results.jsonl that "
+            "'lemon-muse eval' wrote, or a folder that holds some."
         )
-    return path
+    return found
 
 
 def read_results(path: Path) -> tuple[list[Row], list[str]]:
@@ -186,10 +201,15 @@ def newest(rows: list[Row]) -> list[Row]:
     return [row for i, row in enumerate(rows) if last[row.same] == i]
 
 
+def repeats(rows: list[Row]) -> int:
+    """How many rows say what another one says: floors stand in the results of every encoder."""
+    return len(rows) - len({(*row.same, row.seed, repr(row.value)) for row in rows})
+
+
 def predictions_file(row: Row) -> Path:
     """Where `eval` leaves the predictions of a row: ':' and '/' of the names become '_'."""
     names = (row.encoder_hash, row.benchmark, row.version, row.protocol, row.probe)
-    key = Key(*names, row.seed, row.split)
+    key = Key(*names, row.seed, row.split, row.task)
     return predictions_path(row.source.parent, key, encoder=row.encoder)
 
 
@@ -212,6 +232,22 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path}: a label lies outside its {len(classes)} classes.")
     place = np.array(["|".join(p) for p in zip(*parts, strict=True)] if parts else [""] * n)
     return Predictions(labels, predicted, patient, place, classes)
+
+
+def read_pearsons(path: Path) -> Pearsons:
+    """One predictions file of a regression, checked for shape."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            values = np.asarray(file["pearson"], np.float64)
+            slides = np.asarray(file["slides"]).astype(str)
+            genes = [str(gene) for gene in file["genes"]]
+            patient = np.asarray(file["patient"]).astype(str) if "patient" in file else None
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a predictions file of a regression: {error}.") from None
+    people = len(slides) if patient is None else len(patient)
+    if values.shape != (len(slides), len(genes)) or people != len(slides) or not values.size:
+        raise UserError(f"{path}: correlations, slides and genes differ in length.")
+    return Pearsons(values, slides, genes, patient)
 
 
 def read_run(folder: Path) -> RunFolder:

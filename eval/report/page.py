@@ -1,5 +1,7 @@
 """Put the page together: the shell, the gallery's sections, and how to do it all again."""
 
+import base64
+import hashlib
 import json
 import shlex
 from typing import Any
@@ -12,22 +14,43 @@ from eval.report.style import Picture, class_colour
 from eval.report.words import DASH, TIMES
 from lemon_muse import __version__
 
+# What an encoder costs stands in params, too, but is no setting.
+_COSTS = {"gmacs", "gmacs_of", "parameters", "nuclei_per_second", "images_per_second"}
+FOOTER = "The pictures lie beside this page as PNG files, the numbers as report.json."
 
-def shell(title: str, top: str, sections: list[tuple[str, str, str]]) -> str:
-    """The whole document; `sections` are (anchor, title, body)."""
+
+def shell(
+    title: str,
+    top: str,
+    sections: list[tuple[str, str, str]],
+    *,
+    footer: str = FOOTER,
+    css: str = "",
+    script: str = "",
+) -> str:
+    """The whole document; `sections` are (anchor, title, body).
+
+    Args:
+        script: our own; the page lets nothing else run.
+    """
     links = "".join(f'<a href="#{a}">{html.esc(t)}</a>' for a, t, _ in sections)
     body = "\n".join(html.section(a, t, b) for a, t, b in sections)
+    allowed, code = "", ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed, code = f"; script-src 'sha256-{digest}'", f"<script>{script}</script>\n"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         # Names come from files: even if one slipped through, nothing may run or be fetched.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{html.esc(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{top}\n"
+        f"img-src data:; style-src 'unsafe-inline'{allowed}\">\n"
+        f"<title>{html.esc(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n"
+        f"{top}\n"
         f'<nav aria-label="sections">{links}</nav>\n{body}\n'
-        f"<footer>Written by lemon-muse {html.esc(__version__)}. The pictures lie beside this page "
-        "as PNG files, the numbers as report.json.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Written by lemon-muse {html.esc(__version__)}. {html.esc(footer)}</footer>\n"
+        f"</main>\n{code}</body>\n</html>\n"
     )
 
 
@@ -168,16 +191,27 @@ def _without_host(tree: Any) -> Any:
     return [_without_host(v) for v in tree] if isinstance(tree, list) else tree
 
 
+def _eval_command(benchmark: str, task: str, protocol: str) -> str:
+    """The words that make such rows; tasks that the benchmark does not have are not words."""
+    from eval.benchmarks import BENCHMARKS, find
+
+    words = [f"benchmark={benchmark}", "root=DATA"]
+    name, _, plan = task.partition(" ")
+    if benchmark in BENCHMARKS and name in find(benchmark).tasks:
+        words += [f"task={name}"] if len(find(benchmark).tasks) > 1 else []
+        words += [f"plan={plan}"] if plan else []
+    words += [f"protocol={protocol}"] if protocol == "paper" else []
+    return "lemon-muse eval encoder=ENCODER " + " ".join(shlex.quote(word) for word in words)
+
+
 def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str) -> str:
     """Commands, settings and versions."""
     lines = []
     if folder is not None and folder.config:
         lines += ["# pretrain", f"lemon-muse train {shlex.quote(f'{run}/config.yaml')}"]
     lines.append("# probe: the encoder and its floors")
-    for benchmark in dict.fromkeys(r.benchmark for r in rows):
-        lines.append(
-            f"lemon-muse eval encoder=ENCODER benchmark={shlex.quote(benchmark)} root=DATA"
-        )
+    for benchmark, task, protocol in dict.fromkeys((r.benchmark, r.task, r.protocol) for r in rows):
+        lines.append(_eval_command(benchmark, task, protocol))
     lines += ["# this page", command]
     parts = [html.code("\n".join(lines))]
     seeds = sorted({r.seed for r in rows})
@@ -192,7 +226,8 @@ def reproduce(command: str, rows: list[Row], folder: RunFolder | None, run: str)
             ]
         )
     )
-    settings = {(r.probe, json.dumps(r.params, sort_keys=True, ensure_ascii=False)) for r in rows}
+    chosen = [(r.probe, {k: v for k, v in r.params.items() if k not in _COSTS}) for r in rows]
+    settings = {(p, json.dumps(s, sort_keys=True, ensure_ascii=False)) for p, s in chosen}
     known = sorted(f"{probe}: {text}" for probe, text in settings if text != "{}")
     if known:
         parts.append(html.folded("Settings of the probes", html.code("\n".join(known))))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import confusion
+from eval.report.pairs import PAIRED
 from eval.report.style import (
     ACCENT,
     FAINT,
@@ -17,8 +18,8 @@ from eval.report.style import (
     drawn,
     short,
 )
-from eval.report.tables import PAIRED, Board
-from eval.report.words import METRIC_NAMES, probe_words
+from eval.report.tables import Board
+from eval.report.words import METRIC_NAMES, listed, probe_words
 
 _OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#D55E00")
 
@@ -47,9 +48,13 @@ def dots_and_whiskers(board: Board, name: str) -> Picture | None:
                 _name_rows(ax, board, rows if ax is line[0] else [])
         for ax, probe in zip(grid[0], probes, strict=True):
             ax.set_title(probe_words(probe))
-        return drawn(
-            figure, name, "Balanced accuracy and macro-F1 with 95 % intervals by encoder and probe."
-        )
+        return drawn(figure, name, f"{_listed(metrics)} with 95 % intervals by encoder and probe.")
+
+
+def _listed(metrics: list[str]) -> str:
+    """'Balanced accuracy and macro-F1'."""
+    text = listed([METRIC_NAMES[m] for m in metrics])
+    return text[0].upper() + text[1:]
 
 
 def _whisker_panel(ax: Any, board: Board, rows: list[str], probe: str, metric: str) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 
 from eval.report import html
 from eval.report.inputs import Row, RunFolder
+from eval.report.pairs import PAIRED
 from eval.report.style import Picture
-from eval.report.tables import PAIRED, Board
+from eval.report.tables import Board
 from eval.report.verdict import headline, score_lines, verdicts
 from eval.report.words import (
     METRIC_NAMES,
@@ -162,6 +163,28 @@ def class_table(board: Board) -> str:
             )
         lines.append(line)
     return html.table(head, [("", lines)])
+
+
+def gene_table(board: Board) -> str:
+    """Pearson's r of each gene for the foreground encoder, highest first, beside the best floor."""
+    encoder = board.encoders[0]
+    groups = []
+    for probe in board.probes:
+        found = {m: row for (n, p, m), row in board.cells.items()
+                 if (n, p) == (encoder, probe) and m.startswith("pearson/")}  # fmt: skip
+        floor = board.best(probe, "pearson", board.floors) if board.floors else None
+        lines = []
+        for metric, row in sorted(found.items(), key=lambda pair: -pair[1].value):
+            other = board.cells.get((floor or "", probe, metric))
+            own = html.value_cell(number(row.value), interval(row.ci_low, row.ci_high))
+            beside = html.value_cell(number(other.value), "") if other else ""
+            lines.append([html.esc(metric.partition("/")[2]), own, beside])
+        if lines:
+            best = f"; best floor: {board.words(floor)}" if floor else ""
+            groups.append((f"{probe_words(probe)}{best}", lines))
+    if not groups:
+        return html.missing("The results hold no values of single genes.")
+    return html.table(["Gene", f"Pearson's r of {encoder}", "best floor"], groups)
 
 
 def all_numbers(rows: list[Row]) -> str:

@@ -5,38 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.bootstrap import paired_difference
-from eval.report.inputs import Predictions, Row, predictions_file, read_predictions
+from eval.report.inputs import Pearsons, Predictions, Row
+from eval.report.pairs import PAIRED, Difference, add_differences, add_predictions
 from eval.report.style import class_colour
 from eval.report.words import encoder_words
 
-METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc")
-PAIRED = ("balanced_accuracy", "macro_f1")
-_PROBES = ("knn", "logistic", "linear", "ridge")
+METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc", "pearson")
+_PROBES = ("knn", "logistic", "linear", "ridge", "uni", "finetune")
 _FLOORS = ("random:", "floor:histogram", "floor:pixel_pca", "floor:colour", "floor:majority")
-# A predictions file belongs to a row only if it gives the row's accuracy; rows may be rounded.
-_SAME_ACCURACY = 1e-4
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Encoder minus floor on the same nuclei; low and high are a 95 % bootstrap interval or NaN."""
-
-    encoder: str
-    floor: str
-    probe: str
-    metric: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """'above', 'ahead' (above, but zero lies inside the interval), 'level' or 'below'."""
-        known = np.isfinite(self.low)
-        if self.value > 0:
-            return "above" if known and self.low > 0 else "ahead"
-        return "below" if known and self.high < 0 else "level"
 
 
 @dataclass(frozen=True)
@@ -55,8 +31,19 @@ class Board:
     colours: dict[str, str]
     cells: dict[tuple[str, str, str], Row]
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)
+    pearsons: dict[tuple[str, str], Pearsons] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether it holds correlations and no class metric."""
+        return {"pearson"} == set(self.metrics())
+
+    @property
+    def headline_metric(self) -> str:
+        """The metric that verdicts speak of."""
+        return next((m for m in PAIRED if m in self.metrics()), PAIRED[0])
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +98,7 @@ def boards(
     """
     order = _unique([*classes, *(r.metric[3:] for r in rows if r.metric.startswith("f1/"))])
     colours = {name: class_colour(i) for i, name in enumerate(order)}
-    names = _unique_names(rows)
+    names = unique_names(rows)
     groups: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for row in rows:
         key = (row.benchmark, row.task, row.protocol, row.split, row.version)
@@ -129,18 +116,18 @@ def boards(
         cells = {(label[r.encoder, r.encoder_hash], r.probe, r.metric): r for r in members}
         mine = [name for name in order if name in here]
         board = Board(*key, encoders, floors, probes, mine, colours, cells)
-        _add_predictions(board)
-        _add_differences(board, resamples=resamples, seed=seed)
+        add_predictions(board)
+        add_differences(board, resamples=resamples, seed=seed)
         out.append(board)
     return out
 
 
 def name_of(rows: list[Row], encoder: str, encoder_hash: str) -> str:
     """The name under which the tables show an encoder."""
-    return _unique_names(rows).get((encoder, encoder_hash), encoder)
+    return unique_names(rows).get((encoder, encoder_hash), encoder)
 
 
-def _unique_names(rows: list[Row]) -> dict[tuple[str, str], str]:
+def unique_names(rows: list[Row]) -> dict[tuple[str, str], str]:
     """Names as written, with the start of the hash where one name stands for several encoders."""
     hashes: dict[str, set[str]] = {}
     for row in rows:
@@ -159,66 +146,3 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 def _floor_rank(name: str) -> int:
     return next((i for i, start in enumerate(_FLOORS) if name.startswith(start)), len(_FLOORS))
-
-
-def _add_predictions(board: Board) -> None:
-    """Read the predictions beside the rows; one that does not give the row's accuracy is out."""
-    for name in board.names:
-        for probe in board.probes:
-            row = next(
-                (r for m in METRICS if (r := board.cells.get((name, probe, m))) is not None), None
-            )
-            path = predictions_file(row) if row else None
-            if row is None or path is None or not path.is_file():
-                continue
-            found = read_predictions(path)
-            accuracy = board.cells.get((name, probe, "accuracy"))
-            differs = row.n not in (0, len(found.labels)) or (
-                accuracy is not None
-                and abs(accuracy.value - float((found.labels == found.predicted).mean()))
-                > _SAME_ACCURACY
-            )
-            if differs:
-                board.notes.append(
-                    f"predictions/{path.name} belongs to another run than the rows of {name} "
-                    f"({probe}) and was left out."
-                )
-            else:
-                board.predictions[name, probe] = found
-
-
-def _add_differences(board: Board, *, resamples: int, seed: int) -> None:
-    for probe in board.probes:
-        for encoder in board.encoders:
-            for floor in board.floors:
-                both = [board.predictions.get((n, probe)) for n in (encoder, floor)]
-                drawn: dict[str, dict[str, float]] = {}
-                if both[0] is not None and both[1] is not None and _paired(both[0], both[1]):
-                    drawn = paired_difference(
-                        both[0].predicted,
-                        both[1].predicted,
-                        both[0].labels,
-                        both[0].patient,
-                        classes=len(both[0].classes),
-                        draws=resamples,
-                        seed=seed,
-                    )
-                for metric in PAIRED:
-                    pair = [board.cells.get((n, probe, metric)) for n in (encoder, floor)]
-                    value = pair[0].value - pair[1].value if pair[0] and pair[1] else np.nan
-                    if np.isfinite(value):
-                        bounds = drawn.get(metric, {"ci_low": np.nan, "ci_high": np.nan})
-                        limits = (bounds["ci_low"], bounds["ci_high"])
-                        board.differences.append(
-                            Difference(encoder, floor, probe, metric, float(value), *limits)
-                        )
-
-
-def _paired(first: Predictions, second: Predictions) -> bool:
-    """Whether two predictions speak of the same nuclei in the same order."""
-    return (
-        first.classes == second.classes
-        and np.array_equal(first.labels, second.labels)
-        and np.array_equal(first.place, second.place)
-        and np.array_equal(first.patient, second.patient)
-    )

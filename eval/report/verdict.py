@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from eval.report.tables import PAIRED, Board, Difference
+from eval.report.pairs import PAIRED, Difference
+from eval.report.tables import Board
 from eval.report.words import (
     METRIC_NAMES,
     interval,
@@ -18,9 +19,10 @@ from eval.report.words import (
 class Verdict:
     """What one probe says about the foreground encoder.
 
-    state: 'beats' (above every floor in balanced accuracy and macro-F1, and the intervals of the
-    differences to the best floor exclude 0), 'ahead' (above every floor, but chance is not
-    excluded), 'behind' (some floor is not beaten) or 'alone' (there is no floor to compare with).
+    state: 'beats' (above every floor in balanced accuracy and macro-F1, or in Pearson's r of a
+    regression, and the intervals of the differences to the best floor exclude 0), 'ahead' (above
+    every floor, but chance is not excluded), 'behind' (some floor is not beaten) or 'alone' (there
+    is no floor to compare with).
     """
 
     probe: str
@@ -73,6 +75,8 @@ def _line(board: Board, difference: Difference) -> str:
 def headline(board: Board) -> str:
     """One honest line over all probes."""
     found = verdicts(board)
+    if not found and board.encoders:
+        return f"{board.encoders[0]} was measured without a probe that floors can be held against."
     if not found:
         return "The results hold floors only: there is no encoder to judge."
     parts = []
@@ -94,12 +98,13 @@ def headline(board: Board) -> str:
     if not parts:
         return "No floor was measured, so the values stand alone."
     judged = f"{board.encoders[0]} {'; it '.join(parts)}."
-    return f"{judged} Differences are to the best floor, in balanced accuracy." if beats else judged
+    metric = METRIC_NAMES[board.headline_metric]
+    return f"{judged} Differences are to the best floor, in {metric}." if beats else judged
 
 
 def _gap(board: Board, probe: str) -> str:
     """'logistic regression (+0.086)'."""
-    gap = board.against_best_floor(board.encoders[0], probe, "balanced_accuracy")
+    gap = board.against_best_floor(board.encoders[0], probe, board.headline_metric)
     words = probe_words(probe, inside=True)
     return f"{words} ({signed(gap.value)})" if gap else words
 

@@ -10,6 +10,8 @@ METRIC_NAMES = {
     "macro_f1": "macro-F1",
     "accuracy": "accuracy",
     "auroc": "AUROC",
+    "weighted_f1": "weighted F1",
+    "pearson": "Pearson's r",
 }
 _FLOORS = {
     "floor:majority": "majority class",
@@ -17,7 +19,14 @@ _FLOORS = {
     "floor:histogram": "colour histogram",
     "floor:pixel_pca": "PCA of raw pixels",
 }
-_PROBES = {"knn": "KNN", "logistic": "Logistic regression", "linear": "Linear probe"}
+_PROBES = {
+    "knn": "KNN",
+    "logistic": "Logistic regression",
+    "linear": "Linear probe",
+    "ridge": "Ridge regression",
+    "uni": "UNI's probe",
+    "finetune": "Fine-tuning",
+}
 
 
 def encoder_words(name: str, *, window: bool = True) -> str:
@@ -47,16 +56,18 @@ def named(words: str) -> str:
 def probe_words(probe: str, *, inside: bool = False) -> str:
     """'knn' -> 'KNN', 'linear' -> 'Linear probe' ('the linear probe' inside a sentence)."""
     if inside:
-        return {"logistic": "logistic regression", "linear": "the linear probe"}.get(
-            probe, probe_words(probe)
-        )
+        if probe == "linear":
+            return "the linear probe"
+        common = probe in ("logistic", "ridge", "finetune")
+        return probe_words(probe).lower() if common else probe_words(probe)
     return _PROBES.get(probe, probe)
 
 
 def metric_words(metric: str) -> str:
-    """'f1/tumour' -> 'F1, tumour'."""
-    if metric.startswith("f1/"):
-        return f"F1, {metric[3:]}"
+    """'f1/tumour' -> 'F1, tumour'; 'auroc/origin=A' -> 'AUROC, origin=A'."""
+    base, _, part = metric.partition("/")
+    if part and (base == "f1" or base in METRIC_NAMES):
+        return f"{METRIC_NAMES.get(base, 'F1')}, {part}"
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 

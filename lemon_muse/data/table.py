@@ -1,9 +1,10 @@
 """A table of nuclei in images, and the crops around them: what layouts read and benchmarks load."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("image", "x", "y", "mpp", "label", "patient", "slide", "split")
 # Bytes of an image that enter the table's hash: enough to notice an exchanged file, and cheap.
 HASHED_BYTES = 65536
+# Read as a whole whatever their size; all else is looked at first.
+PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
+LARGE = 2**24
+# Bytes of crops of a large image that are cut at once.
+HELD = 2**27
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,12 @@ class Table:
         mpp: float64 [n], µm per pixel of that image.
         label: int64 [n], index into `classes`; -1 where the kind is not known.
         patient, slide: str [n].
-        split: str [n], 'train', 'val' or 'test'.
+        split: str [n], 'train', 'val' or 'test'; 'all' where the data set is divided by folds.
         classes: names of the classes.
+        groups: further columns, str [n], that nuclei can be divided by: hospital, scanner, domain.
+        targets: float32 [n, G] of a regression; None for a classification, whose labels stand in
+            `label`.
+        target_names: names of the G targets.
     """
 
     image: np.ndarray
@@ -41,9 +51,14 @@ class Table:
     slide: np.ndarray
     split: np.ndarray
     classes: tuple[str, ...] = field(default=())
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    targets: np.ndarray | None = None
+    target_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in COLUMNS}
+        lengths |= {name: len(column) for name, column in self.groups.items()}
+        lengths |= {} if self.targets is None else {"targets": len(self.targets)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a table must be equally long, not {lengths}")
 
@@ -56,8 +71,12 @@ class Table:
 
     def take(self, rows: np.ndarray) -> "Table":
         """The table of these rows, int [m], with the same classes."""
-        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
-        return Table(**columns, classes=self.classes)
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in COLUMNS},
+            groups={name: column[rows] for name, column in self.groups.items()},
+            targets=None if self.targets is None else self.targets[rows],
+        )
 
     def patients_across(self) -> list[str]:
         """Patients that occur in more than one split, sorted: their nuclei leak between splits."""
@@ -90,6 +109,11 @@ class Table:
             digest.update(np.ascontiguousarray(numbers, np.float64).tobytes())
         digest.update(np.ascontiguousarray(self.label, np.int64).tobytes())
         digest.update("\n".join(self.classes).encode())
+        for name, column in sorted(self.groups.items()):
+            digest.update("\n".join([name, *column.tolist()]).encode())
+        if self.targets is not None:
+            digest.update("\n".join(self.target_names).encode())
+            digest.update(np.ascontiguousarray(self.targets, np.float32).tobytes())
         return digest.hexdigest()
 
     def crops(
@@ -135,7 +159,30 @@ class Table:
         def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return self._image_crops(rows, part, size=size, mpp=mpp, edge=edge)
 
-        yield from map_ahead(read, parts, workers=workers)
+        small = [part for part in parts if not is_large(Path(self.image[rows[part[0]]]))]
+        yield from map_ahead(read, small, workers=workers)
+        for part in parts:
+            if is_large(Path(self.image[rows[part[0]]])):
+                yield from self._slide_crops(rows, part, size=size, mpp=mpp, edge=edge)
+
+    def _slide_crops(
+        self, rows: np.ndarray, part: np.ndarray, *, size: int, mpp: float, edge: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `_image_crops`, of an image that is not held in memory as a whole."""
+        from lemon_muse.data.slides import open_slide
+
+        first = rows[part[0]]
+        # From top to bottom, so that a run of nuclei needs few tiles twice.
+        part = part[np.argsort(self.y[rows[part]], kind="stable")]
+        centres = np.stack([self.x[rows[part]], self.y[rows[part]]], 1)
+        step = max(1, HELD // (3 * size * size))
+        with open_slide(Path(self.image[first]), mpp=float(self.mpp[first])) as slide:
+            for start in range(0, len(part), step):
+                piece = part[start : start + step]
+                for found, pixels in slide.bands(
+                    centres[start : start + step], size, mpp=mpp, edge=edge
+                ):
+                    yield piece[found], pixels
 
     def _image_crops(
         self, rows: np.ndarray, part: np.ndarray, *, size: int, mpp: float, edge: str
@@ -146,6 +193,15 @@ class Table:
         centres = np.stack([self.x[rows[part]], self.y[rows[part]]], 1) * scale
         pixels, kept = geometry.crop(image, centres, size=size, edge=edge)
         return part[kept], pixels
+
+
+@cache
+def is_large(path: Path) -> bool:
+    """Whether an image is read part by part: a slide, or one of more than 16 million pixels."""
+    if path.suffix.lower() in PLAIN:
+        return False
+    width, height = image_size(path)
+    return width * height > LARGE
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -172,9 +228,15 @@ def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return image.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if path.is_file() and path.suffix.lower() not in PLAIN:
+            from lemon_muse.data.slides import read_facts
+
+            width, height = read_facts(path).sizes[0]
+            return width, height
         raise UserError(
             f"the image {path} does not decode ({error}); fetch it again or leave it out."
         ) from None

@@ -129,7 +129,7 @@ def test_a_rerun_computes_and_writes_nothing(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished probe was computed again")
 
-    monkeypatch.setattr("eval.run._probe", forbidden)
+    monkeypatch.setattr("eval.measure._found", forbidden)
     again = run(settings(encoder, tissue, tmp_path, probe="knn"))
     assert (tmp_path / "results.jsonl").read_bytes() == before
     assert again == first
@@ -138,15 +138,15 @@ def test_a_rerun_computes_and_writes_nothing(
 def test_a_killed_run_is_finished_without_duplicates(
     tissue: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    # protocol=muse has two quick probes.
-    whole = run(settings(encoder, tissue, tmp_path / "whole", protocol="muse"))
+    # protocol=paper has two quick probes.
+    whole = run(settings(encoder, tissue, tmp_path / "whole", protocol="paper"))
     cut = tmp_path / "cut"
-    run(settings(encoder, tissue, cut, protocol="muse", probe="knn"))
+    run(settings(encoder, tissue, cut, protocol="paper", probe="knn"))
     path = cut / "results.jsonl"
     # The machine died while a line was being written.
     path.write_bytes(path.read_bytes()[:-40])
     (cut / "predictions" / "small-knn.npz").unlink()
-    rows = run(settings(encoder, tissue, cut, protocol="muse"))
+    rows = run(settings(encoder, tissue, cut, protocol="paper"))
 
     def values(found: list[dict[str, Any]]) -> dict[tuple[Any, ...], Any]:
         return {(r["encoder"], r["probe"], r["metric"]): r["value"] for r in found}
@@ -166,14 +166,14 @@ def test_other_seed_protocol_and_split_are_other_rows(
 
     first = at()
     count = len(first)
-    others: list[dict[str, Any]] = [{"seed": 7}, {"protocol": "muse"}, {"split": "val"}]
+    others: list[dict[str, Any]] = [{"seed": 7}, {"protocol": "paper"}, {"split": "val"}]
     for number, more in enumerate(others, start=2):
         at(**more)
         assert len(lines(tmp_path)) >= number * (count - 1)
     assert {(r["seed"], r["protocol"], r["split"]) for r in lines(tmp_path)} == {
         (0, "default", "test"),
         (7, "default", "test"),
-        (0, "muse", "test"),
+        (0, "paper", "test"),
         (0, "default", "val"),
     }
     # Four measurements share encoder and probe: none has overwritten another's predictions.
@@ -182,10 +182,10 @@ def test_other_seed_protocol_and_split_are_other_rows(
 
 
 def test_muse_has_knn_and_linear_only(tissue: Path, encoder: Path, tmp_path: Path) -> None:
-    rows = run(settings(encoder, tissue, tmp_path, protocol="muse", floors=False))
+    rows = run(settings(encoder, tissue, tmp_path, protocol="paper", floors=False))
     assert {row["probe"] for row in rows} == {"knn", "linear"}
-    with pytest.raises(UserError, match="protocol=muse has no probe 'logistic'"):
-        run(settings(encoder, tissue, tmp_path, protocol="muse", probe="logistic"))
+    with pytest.raises(UserError, match="protocol=paper has no probe 'logistic'"):
+        run(settings(encoder, tissue, tmp_path, protocol="paper", probe="logistic"))
 
 
 def test_random_is_the_same_network_with_other_weights(
@@ -235,7 +235,7 @@ def test_floors_beat_majority_on_real_nuclei(shared_data: Path, tmp_path: Path) 
     ("change", "words"),
     [
         ({"encoder": "floor:texture"}, "is no floor"),
-        ({"encoder": "no/such/folder"}, "not an encoder folder"),
+        ({"encoder": "no/such/folder"}, "no such file or folder"),
         ({"benchmark": "fodler"}, "did you mean 'folder'"),
         ({"root": Path("nowhere")}, "there is no"),
         ({"device": "quantum"}, "cannot be used"),
@@ -252,7 +252,7 @@ def test_wrong_words_are_one_sentence_and_leave_nothing(
 
 
 def test_the_settings_name_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="'encoder' is required"):
+    with pytest.raises(UserError, match="encoder= is needed"):
         load(Eval, ["benchmark=folder", "root=x"])
     with pytest.raises(UserError, match="did you mean 'probe'"):
         load(Eval, ["encoder=x", "benchmark=folder", "root=x", "prob=knn"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import find
 from eval.dense import dense_features, joined, windows_of
 from eval.online import DenseProbe, online_probe, patient_halves
 from lemon_muse.config import load
@@ -28,7 +28,7 @@ def test_it_equals_a_plain_loop_over_both_halves(tissue: Path) -> None:
     probe = online_probe("folder", tissue, size=40, mpp=0.25, seed=2)
     net = TinyEncoder()
     found = probe(net)
-    table = BENCHMARKS["folder"].load(tissue)
+    table = find("folder").load(tissue)
     sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(2))
     net.eval()
     from eval.features import encode
@@ -53,7 +53,7 @@ def test_it_equals_a_plain_loop_over_both_halves(tissue: Path) -> None:
 def test_bank_and_queries_share_no_patient_and_obey_the_cap(tissue: Path, bank: str) -> None:
     probe = online_probe("folder", tissue, size=40, mpp=0.25, cap=15, bank=bank)
     assert all(len(part) <= 15 for part in probe.crops)  # type: ignore[attr-defined]
-    table = BENCHMARKS["folder"].load(tissue)
+    table = find("folder").load(tissue)
     first, second = patient_halves(table, table.rows("val"), generator=np.random.default_rng(0))
     assert not set(table.patient[first]) & set(table.patient[second])
     np.testing.assert_array_equal(np.sort(np.r_[first, second]), table.rows("val"))
@@ -85,7 +85,7 @@ def test_a_better_encoder_scores_higher(tissue: Path) -> None:
 
 
 def test_halves_are_alike_in_class_counts(shared_data: Path) -> None:
-    table = BENCHMARKS["brcam2c"].load(shared_data / "brca-m2c")
+    table = find("brcam2c").load(shared_data / "brca-m2c")
     rows = table.rows("val")
     halves = patient_halves(table, rows, generator=np.random.default_rng(0))
     counts = np.array([np.bincount(table.label[part], minlength=3) for part in halves])
@@ -115,7 +115,7 @@ def test_a_dense_probe_equals_a_plain_loop_over_its_windows(tissue: Path) -> Non
     net.network.decoder.train()  # type: ignore[union-attr]
     found = probe(net)
     assert net.network.decoder.training and not net.network.encoder.training  # type: ignore[union-attr]
-    table = BENCHMARKS["folder"].load(tissue)
+    table = find("folder").load(tissue)
     sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(2))
     # No cap was reached: every nucleus of val takes part.
     net.eval()
@@ -136,7 +136,7 @@ def test_a_dense_probe_equals_a_plain_loop_over_its_windows(tissue: Path) -> Non
 
 
 def test_a_dense_probe_keeps_whole_windows_below_the_cap(tissue: Path) -> None:
-    table = BENCHMARKS["folder"].load(tissue)
+    table = find("folder").load(tissue)
     sides = patient_halves(table, table.rows("val"), generator=np.random.default_rng(0))
     probe = online_probe("folder", tissue, size=64, mpp=0.5, cap=8, dense=True)
     every = joined(list(windows_of(table, window=64, valid=64, mpp=0.5)))

@@ -7,9 +7,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
-from eval import logistic as lbfgs
 from eval import probes
-from eval.probes import Part
+from eval.plans import group_folds
+from eval.probes import Part, lbfgs
+from eval.probes.knn import knn, knn_votes
+from eval.probes.linear import linear
+from eval.probes.logistic import choose_c, logistic
 
 
 def blobs(
@@ -42,12 +45,12 @@ def plain_knn(train: Part, x: np.ndarray, k: int, classes: int) -> np.ndarray:
 def test_knn_votes_equal_a_plain_loop() -> None:
     train, queries = blobs(150), blobs(40, seed=1)
     ks = [1, 7, 50]
-    votes = probes.knn_votes(train.x, train.label, queries.x, classes=3, ks=ks)
+    votes = knn_votes(train.x, train.label, queries.x, classes=3, ks=ks)
     for i, k in enumerate(ks):
         np.testing.assert_allclose(votes[i], plain_knn(train, queries.x, k, 3), atol=2e-5)
 
 
-def test_knn_chooses_k_on_val_by_balanced_accuracy_and_muse_on_test_by_accuracy() -> None:
+def test_knn_chooses_k_on_val_by_balanced_accuracy_and_the_paper_on_test() -> None:
     train, val, test = blobs(300, apart=0.6), blobs(90, seed=1), blobs(110, seed=2)
     ks = [1, 3, 10, 40, 120]
 
@@ -58,13 +61,13 @@ def test_knn_chooses_k_on_val_by_balanced_accuracy_and_muse_on_test_by_accuracy(
         ]
         return ks[int(np.argmax(values))]
 
-    found = probes.knn(train, val, test, classes=3, grid=ks)
+    found = knn(train, val, test, classes=3, grid=ks)
     assert found.params == {"k": best(val, balanced_accuracy_score), "chosen_on": "val"}
     np.testing.assert_allclose(
         found.test, plain_knn(train, test.x, int(found.params["k"]), 3), atol=2e-5
     )
-    muse = probes.knn(train, val, test, classes=3, grid=ks, protocol="muse")
-    assert muse.params == {
+    paper = knn(train, val, test, classes=3, grid=ks, protocol="paper")
+    assert paper.params == {
         "k": best(test, lambda a, b: float((a == b).mean())),
         "chosen_on": "test",
     }
@@ -73,15 +76,49 @@ def test_knn_chooses_k_on_val_by_balanced_accuracy_and_muse_on_test_by_accuracy(
 def test_the_default_knn_never_looks_at_test_labels() -> None:
     train, val, test = blobs(200, apart=0.5), blobs(80, seed=1), blobs(80, seed=2)
     turned = Part(test.x, (test.label + 1) % 3, test.patient)
-    first = probes.knn(train, val, test, classes=3)
-    second = probes.knn(train, val, turned, classes=3)
+    first = knn(train, val, test, classes=3)
+    second = knn(train, val, turned, classes=3)
     assert first.params == second.params
     np.testing.assert_array_equal(first.test, second.test)
 
 
+def test_without_val_k_is_chosen_on_folds_of_train_patients() -> None:
+    train, test = blobs(300, apart=0.5, people=12), blobs(110, seed=2)
+    none = Part(train.x[:0], train.label[:0], train.patient[:0])
+    ks = [1, 3, 10, 40, 120]
+    found = knn(train, none, test, classes=3, grid=ks, seed=4)
+    pooled: list[list[np.ndarray]] = [[] for _ in ks]
+    truth = []
+    for rows, held in group_folds(train.label, train.patient, folds=5, seed=4):
+        bank = Part(train.x[rows], train.label[rows], train.patient[rows])
+        held = np.sort(held)
+        truth.append(train.label[held])
+        for i, k in enumerate(ks):
+            pooled[i].append(plain_knn(bank, train.x[held], k, 3).argmax(1))
+    values = [balanced_accuracy_score(np.concatenate(truth), np.concatenate(p)) for p in pooled]
+    assert found.params == {
+        "k": ks[int(np.argmax(values))],
+        "chosen_on": "5 folds of train patients",
+    }
+    k = int(found.params["k"])
+    np.testing.assert_allclose(found.test, plain_knn(train, test.x, k, 3), atol=2e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_papers_logistic_is_scikit_learns_default(classes: int) -> None:
+    train, test = blobs(400, classes=classes, apart=0.5), blobs(90, classes=classes, seed=2)
+    none = Part(train.x[:0], train.label[:0], train.patient[:0])
+    found = logistic(train, none, test, classes=classes, protocol="paper")
+    scaler = StandardScaler().fit(train.x.astype(np.float64))
+    model = LogisticRegression(tol=1e-10, max_iter=5000)
+    model.fit(scaler.transform(train.x), train.label)
+    expected = model.predict_proba(scaler.transform(test.x))
+    np.testing.assert_allclose(found.test, expected, atol=2e-4)
+
+
 def test_k_is_clipped_to_the_bank() -> None:
     train, val, test = blobs(15), blobs(20, seed=1), blobs(20, seed=2)
-    found = probes.knn(train, val, test, classes=3)
+    found = knn(train, val, test, classes=3)
     assert found.params["k"] in (10, 15)
     assert np.isfinite(found.test).all()
 
@@ -147,9 +184,9 @@ def test_choosing_c_equals_scikit_learn_on_the_same_folds() -> None:
     # Few nuclei in many dimensions: here the strength of the penalty matters.
     train = blobs(200, dim=60, apart=0.35, people=12)
     grid = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    chosen, _ = probes.choose_c(train, classes=3, grid=grid, folds=5, seed=4)
+    chosen, _ = choose_c(train, classes=3, grid=grid, folds=5, seed=4)
     values = []
-    folds = probes.patient_folds(train.label, train.patient, folds=5, seed=4)
+    folds = group_folds(train.label, train.patient, folds=5, seed=4)
     for c in grid:
         guess = np.full(len(train), -1)
         for rows, held in folds:
@@ -165,7 +202,7 @@ def test_choosing_c_equals_scikit_learn_on_the_same_folds() -> None:
 
 def test_no_patient_is_on_both_sides_of_a_fold() -> None:
     train = blobs(300, people=9)
-    folds = probes.patient_folds(train.label, train.patient, folds=5, seed=0)
+    folds = group_folds(train.label, train.patient, folds=5, seed=0)
     assert len(folds) == 5
     held_all = np.concatenate([held for _, held in folds])
     np.testing.assert_array_equal(np.sort(held_all), np.arange(300))
@@ -175,7 +212,7 @@ def test_no_patient_is_on_both_sides_of_a_fold() -> None:
 
 def test_logistic_with_one_patient_says_so_and_works(caplog: pytest.LogCaptureFixture) -> None:
     train, val, test = blobs(100, people=1), blobs(30, seed=1), blobs(30, seed=2)
-    found = probes.logistic(train, val, test, classes=3)
+    found = logistic(train, val, test, classes=3)
     assert found.params["C"] == 1.0
     assert "single patient" in caplog.text
     np.testing.assert_allclose(found.test.sum(1), 1, rtol=1e-5)
@@ -216,7 +253,7 @@ def plain_linear(
 
 def test_linear_equals_sgd_written_out() -> None:
     train, val, test = blobs(700, apart=0.4), blobs(200, seed=1), blobs(150, seed=2)
-    found = probes.linear(train, val, test, classes=3, epochs=8, seed=5)
+    found = linear(train, val, test, classes=3, epochs=8, seed=5)
     logits, at = plain_linear(train, val, test, epochs=8, seed=5)
     share = np.exp(logits - logits.max(1, keepdims=True))
     assert found.params["epoch"] == at
@@ -244,19 +281,19 @@ def patients_only(split: str, *, people: int, each: int) -> Part:
 @pytest.mark.parametrize("name", ["knn", "logistic", "linear"])
 def test_features_of_the_patient_alone_score_at_chance(name: str) -> None:
     train, val, test = (patients_only(s, people=12, each=40) for s in ("train", "val", "test"))
-    found = probes.PROBES[name](train, val, test, classes=3, seed=0)
+    found = probes.get(name)(train, val, test, classes=3, seed=0)
     score = balanced_accuracy_score(test.label, found.test.argmax(1))
     assert abs(score - 1 / 3) < 0.12
     # The same features are worth a lot where the patient is known: the test is not vacuous.
     half = np.arange(len(train)) % 2 == 0
     inside = [Part(train.x[m], train.label[m], train.patient[m]) for m in (half, ~half)]
-    leaked = probes.PROBES[name](inside[0], inside[1], inside[1], classes=3, seed=0)
+    leaked = probes.get(name)(inside[0], inside[1], inside[1], classes=3, seed=0)
     assert balanced_accuracy_score(inside[1].label, leaked.test.argmax(1)) > 0.8
 
 
 def test_choosing_c_does_not_reward_knowing_the_patient() -> None:
     train = patients_only("train", people=12, each=40)
-    folds = probes.patient_folds(train.label, train.patient, folds=5, seed=0)
+    folds = group_folds(train.label, train.patient, folds=5, seed=0)
     guess = np.full(len(train), -1)
     for rows, held in folds:
         x, x_held = lbfgs.standardise(train.x[rows], train.x[held])

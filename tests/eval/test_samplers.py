@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from eval import samplers, sources
-from eval.benchmarks import BENCHMARKS
+from eval import readers, samplers, sources
+from eval.benchmarks import find
 from eval.dense import windows_of
 from eval.run import Eval, run
 from eval.samplers import Look, Words, choose
@@ -34,7 +34,7 @@ def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(tissue: Path) -> Table:
-    whole = BENCHMARKS["folder"].load(tissue)
+    whole = find("folder").load(tissue)
     return whole.take(np.arange(0, len(whole), 9))
 
 
@@ -75,7 +75,7 @@ def test_rows_floors_and_names_of_a_dense_encoder(
         assert {key: own[name]["params"].get(key) for key in said} == said
     assert own["dense"]["encoder_hash"] != own["random:dense"]["encoder_hash"]
     # The features that were probed are those of the map.
-    table = BENCHMARKS["folder"].load(tissue)
+    table = find("folder").load(tissue)
     with np.load(tmp_path / "gallery.npz") as file:
         assert file["crops"].shape[1:] == (40, 40, 3) and float(file["mpp"]) == 0.5
         assert file["features"].shape == (len(file["labels"]), load(folder).dim)
@@ -194,7 +194,7 @@ def test_pooling_vits_give_normed_tokens(table: Table) -> None:
     torch.nn.init.uniform_(vit.fc_norm.weight)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        pooled = samplers.normed_tokens(vit, images)
+        pooled = readers.normed_tokens(vit, images)
         raw = vit.forward_features(images)
         mean, var = raw.mean(-1, keepdim=True), raw.var(-1, keepdim=True, unbiased=False)
         wanted = (raw - mean) / (var + 1e-6).sqrt() * vit.fc_norm.weight + vit.fc_norm.bias

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("views", "loading", "training", "muse", "slides", "store", "scale")
+BENCHMARKS = ("views", "loading", "training", "muse", "slides", "store", "scale", "probes")
 OUT = Path("bench.json")
 
 

@@ -2,7 +2,7 @@
 
 Same optimum as scikit-learn's `LogisticRegression(solver='lbfgs', class_weight='balanced')` with
 three or more classes. (For two classes scikit-learn penalises one weight vector and the softmax
-here two, so that C here equals 2 C there.)
+here two: the same fit needs half its C here.)
 
 One product of the features with the weights of every C costs little more than with one C, and the
 Gram matrix of the features bounds the Hessian of each C from above (Böhning 1992), which makes
@@ -17,7 +17,8 @@ import torch
 # Half decades from 1e-4 to 10.
 GRID = tuple(float(f"{10 ** (exponent / 2):.6g}") for exponent in range(-8, 3))
 HISTORY = 10
-CHUNK = 8192
+# Rows at a time: on a CPU their class scores for ten C stay in its cache.
+CHUNK = 2048
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -52,24 +53,28 @@ def fit(
     classes: int,
     grid: Sequence[float] = GRID,
     start: torch.Tensor | None = None,
+    balanced: bool = True,
     tolerance: float = 1e-5,
     iterations: int = 500,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """Fit one model per C, classes weighted to balance.
+    """Fit one model per C.
 
     Args:
         features: float [n, d], standardised.
         labels: int [n], 0 … classes-1.
         grid: A values of C as in scikit-learn: inverse strength against the *sum* of losses.
         start: weights [A, d + 1, K] to start from, zeros when None; the optimum is the same.
+        balanced: weight classes so that each counts the same.
         tolerance: a C has converged when no entry of the gradient of its mean loss is larger.
         iterations: at most so many for each C.
 
     Returns:
         float32 [A, d + 1, K]; the last row is the intercept, which is not penalised.
     """
-    problem = _Problem(features, labels, classes=classes, grid=grid, device=device)
+    problem = _Problem(
+        features, labels, classes=classes, grid=grid, balanced=balanced, device=device
+    )
     shape = (len(grid), problem.x.shape[1], classes)
     w = torch.zeros(shape, device=device) if start is None else start.clone().to(device)
     history: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -106,13 +111,16 @@ class _Problem:
         *,
         classes: int,
         grid: Sequence[float],
+        balanced: bool,
         device: str,
     ) -> None:
         n = len(labels)
         ones = np.ones((n, 1), np.float32)
         self.x = torch.from_numpy(np.concatenate([features, ones], 1, dtype=np.float32)).to(device)
         self.labels = torch.from_numpy(np.asarray(labels, np.int64)).to(device)
-        weight = balanced_weights(np.asarray(labels), classes=classes)
+        weight = np.ones(n, np.float32)
+        if balanced:
+            weight = balanced_weights(np.asarray(labels), classes=classes)
         self.weight = torch.from_numpy(weight / n).to(device)
         self.classes = classes
         self.penalty = 1 / (torch.tensor(grid, dtype=torch.float64, device=device) * n)
@@ -136,21 +144,22 @@ class _Problem:
     def evaluate(self, w: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss float64 [a] and gradient float32 [a, D, K] at weights of `which` Cs."""
         count, width, k = w.shape
-        flat = w.permute(1, 0, 2).reshape(width, count * k).contiguous()
+        flat = w.transpose(1, 2).reshape(count * k, width)
         total = torch.zeros(count, dtype=torch.float64, device=w.device)
         gradient = torch.zeros_like(flat)
         for x, label, s in zip(
             self.x.split(CHUNK), self.labels.split(CHUNK), self.weight.split(CHUNK), strict=True
         ):
-            log_p = (x @ flat).view(len(x), count, k).log_softmax(-1)
-            target = label[:, None, None].expand(len(x), count, 1)
-            total -= (log_p.gather(2, target)[..., 0] * s[:, None]).sum(0, dtype=torch.float64)
+            # Rows last: a softmax over the middle axis is twenty times as fast as over 12 values.
+            log_p = (flat @ x.T).view(count, k, len(x)).log_softmax(1)
+            target = label.expand(count, 1, len(x))
+            total -= (log_p.gather(1, target)[:, 0] * s).sum(1, dtype=torch.float64)
             error = log_p.exp_()
-            error.scatter_add_(2, target, torch.full_like(target, -1, dtype=error.dtype))
-            gradient.addmm_(x.T, error.mul_(s[:, None, None]).view(len(x), count * k))
+            error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
+            gradient.addmm_(error.mul_(s).view(count * k, len(x)), x)
         penalty = self.penalty[which]
         total += penalty / 2 * w[:, :-1].double().square().sum((1, 2))
-        out = gradient.view(width, count, k).permute(1, 0, 2).contiguous()
+        out = gradient.view(count, k, width).transpose(1, 2).contiguous()
         out[:, :-1] += penalty.float()[:, None, None] * w[:, :-1]
         return total, out
 

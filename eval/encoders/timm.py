@@ -1,13 +1,15 @@
-"""Encoders that are not ours: any timm model, from a name with a checkpoint or from a folder."""
+"""Any timm model, from a name with a checkpoint or from a folder."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from eval.encoders.words import first_line, parse
 from lemon_muse.encoder import Encoder
 from lemon_muse.errors import UserError
 
 PREFIX = "timm:"
+HUB = ("hf-hub:", "hf_hub:")
 
 
 def is_timm_folder(path: Path) -> bool:
@@ -53,8 +55,13 @@ def from_word(word: str, *, mpp: float | None, random: bool = False) -> Encoder:
     """
     import timm
 
-    name, arguments = _parse(word.removeprefix(PREFIX))
+    name, arguments = parse(word, PREFIX)
     file = arguments.pop("checkpoint_path", None)
+    if name.startswith(HUB):
+        raise UserError(
+            f"encoder='{word}': models of the hub are opened by a python: function, or as the "
+            f"folder that was downloaded (docs/encoders.md)."
+        )
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f"; near names: {', '.join(near)}." if near else "."
@@ -73,19 +80,6 @@ def from_word(word: str, *, mpp: float | None, random: bool = False) -> Encoder:
     return _encoder(network, name.split(".")[0], arguments, name=name, mpp=mpp)
 
 
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    import yaml
-
-    name, *words = text.split(",")
-    arguments: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"encoder='{PREFIX}{text}': '{word}' is no argument=value.")
-        arguments[key.strip()] = yaml.safe_load(value)
-    return name, arguments
-
-
 def _load(network: Any, file: str) -> None:
     """Weights of a file; the classifier is left out, all else must match."""
     from timm.models import load_state_dict
@@ -93,6 +87,11 @@ def _load(network: Any, file: str) -> None:
     if not Path(file).is_file():
         raise UserError(f"checkpoint_path={file}: there is no such file.")
     state = load_state_dict(file, use_ema=False)
+    if any(str(key).startswith("base_encoder.") for key in state):
+        raise UserError(
+            f"checkpoint_path={file} is a MoCo v3 or LEMON checkpoint, with other names and 12 "
+            f"heads; use encoder={file}."
+        )
     heads = (network.pretrained_cfg or {}).get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     # Names alone decide: a file that fits in part would give a number that means nothing.
@@ -126,5 +125,4 @@ def _encoder(
 
 
 def _unusable(what: Path | str, error: Exception, hint: str = "") -> UserError:
-    first = str(error).strip().split("\n")[0]
-    return UserError(f"encoder={what} cannot be opened by timm ({first}){hint}.")
+    return UserError(f"encoder={what} cannot be opened by timm ({first_line(error)}){hint}.")
