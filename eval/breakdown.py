@@ -99,5 +99,10 @@ def crossed(table: Table, parts: list[Scored], *, by: str, seed: int) -> dict[st
     same = [part.only(groups[part.rows] == part.name) for part in parts]
     inside = pooled(table, same, seed=seed)
     out |= {f"{m}/in_domain": inside[m] for m in PARTS if m in inside}
-    others = [part.only(groups[part.rows] != part.name) for part in parts]
-    return {**out, **pooled(table, others, seed=seed)}
+    return {**out, **pooled(table, outside(table, parts, by=by), seed=seed)}
+
+
+def outside(table: Table, parts: list[Scored], *, by: str) -> list[Scored]:
+    """Of folds that each train on one value of a column: what they say of all other values."""
+    groups = column(table, by)
+    return [part.only(groups[part.rows] != part.name) for part in parts]

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval import bootstrap, breakdown, probes, results
 from eval.features import rate
-from eval.plans import Fold
+from eval.plans import Fold, column
 from eval.probes import Outcome, Part, Protocol
 from lemon_muse.data.table import Table
 
@@ -65,6 +65,14 @@ class Job:
         """The column of a plan 'cross:…', else ''."""
         return self.task.rpartition(" cross:")[2] if " cross:" in self.task else ""
 
+    @cached_property
+    def headline_count(self) -> int:
+        """Predictions behind the plain metrics; of a cross plan those of other values."""
+        if not self.crosses:
+            return len(self.scored)
+        groups = column(self.table, self.crosses)
+        return sum(int((groups[fold.test] != fold.name).sum()) for fold in self.folds)
+
     def key(self, source: "Source", probe: str) -> results.Key:
         return results.Key(
             source.hash,
@@ -116,7 +124,7 @@ def measure(source: "Source", job: Job) -> list[Row]:
         if not done:
             facts = {**params, **source.params, **job.costs(source)}
             done = results.make_rows(
-                key, found, encoder=source.name, n=len(job.scored), seconds=seconds, params=facts
+                key, found, encoder=source.name, n=job.headline_count, seconds=seconds, params=facts
             )
             # The rows come last: a key that has rows has its predictions.
             have = {row["metric"] for row in known if results.key_of(row) == key}
@@ -158,11 +166,21 @@ def _found(
         return found, {}
     outcomes = _outcomes(source, job, probe, x)
     params = together([outcome.params for outcome in outcomes])
-    scores = np.concatenate([outcome.test for outcome in outcomes])
     if job.is_regression:
+        scores = np.concatenate([outcome.test for outcome in outcomes])
         return _regression(source, job, scores, key, file), params
-    results.write_predictions(file, key, job.table, job.scored, scores, encoder=source.name)
-    return _classes(job, outcomes), params
+    parts = [
+        breakdown.Scored(fold.name, fold.test, outcome.test)
+        for fold, outcome in zip(job.folds, outcomes, strict=True)
+    ]
+    if job.crosses:  # what the headline is about: nuclei of another value than the trained one
+        headline = breakdown.outside(job.table, parts, by=job.crosses)
+    else:
+        headline = parts
+    rows = np.concatenate([part.rows for part in headline])
+    scores = np.concatenate([part.scores for part in headline])
+    results.write_predictions(file, key, job.table, rows, scores, encoder=source.name)
+    return _classes(job, parts), params
 
 
 def _outcomes(source: "Source", job: Job, probe: str, x: np.ndarray | None) -> list[Outcome]:
@@ -197,13 +215,9 @@ def _majority(job: Job, fold: Fold) -> Outcome:
     return Outcome(val, test, {})
 
 
-def _classes(job: Job, outcomes: list[Outcome]) -> dict[str, bootstrap.Interval]:
+def _classes(job: Job, parts: list[breakdown.Scored]) -> dict[str, bootstrap.Interval]:
     """Pooled metrics with intervals over patients, then those of folds and groups."""
     table = job.table
-    parts = [
-        breakdown.Scored(fold.name, fold.test, outcome.test)
-        for fold, outcome in zip(job.folds, outcomes, strict=True)
-    ]
     if job.crosses:
         found = breakdown.crossed(table, parts, by=job.crosses, seed=job.seed)
     else:
@@ -228,7 +242,7 @@ def _regression(
         key,
         values,
         slides=slides,
-        patients=patients,
+        patient=patients,
         genes=table.target_names,
         predicted=predicted,
         rows=rows,

@@ -191,7 +191,7 @@ def write_pearson(
     values: np.ndarray,
     *,
     slides: np.ndarray,
-    patients: np.ndarray,
+    patient: np.ndarray,
     genes: tuple[str, ...],
     predicted: np.ndarray,
     rows: np.ndarray,
@@ -199,7 +199,7 @@ def write_pearson(
 ) -> None:
     """What a regression gives, atomically, as .npz.
 
-    Arrays: pearson float64 [S, G]; slides, patients str [S]; genes str [G]; predicted float16
+    Arrays: pearson float64 [S, G]; slides, patient str [S]; genes str [G]; predicted float16
     [n, G]; row int64 [n] (of the table); encoder and key as in `write_predictions`.
     """
     _write(
@@ -208,7 +208,7 @@ def write_pearson(
         encoder,
         pearson=values,
         slides=slides.astype(str),
-        patients=patients.astype(str),
+        patient=patient.astype(str),
         genes=np.array(genes, str),
         predicted=predicted.astype(np.float16),
         row=np.asarray(rows, np.int64),

