@@ -173,12 +173,10 @@ def _found(
         breakdown.Scored(fold.name, fold.test, outcome.test)
         for fold, outcome in zip(job.folds, outcomes, strict=True)
     ]
-    if job.crosses:  # what the headline is about: nuclei of another value than the trained one
-        headline = breakdown.outside(job.table, parts, by=job.crosses)
-    else:
-        headline = parts
-    rows = np.concatenate([part.rows for part in headline])
-    scores = np.concatenate([part.scores for part in headline])
+    # Of a cross plan the headline is about nuclei of another value than the trained one.
+    away = breakdown.outside(job.table, parts, by=job.crosses) if job.crosses else parts
+    rows = np.concatenate([part.rows for part in away])
+    scores = np.concatenate([part.scores for part in away])
     results.write_predictions(file, key, job.table, rows, scores, encoder=source.name)
     return _classes(job, parts), params
 

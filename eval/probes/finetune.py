@@ -21,7 +21,7 @@ from torch import nn
 from eval.dense import NUCLEI_PER_WINDOW, Windows, joined, windows_of
 from eval.plans import Fold
 from eval.probes import Outcome, Part, Protocol, softmax
-from eval.probes.linear import linear
+from eval.probes.linear import fit_layer
 from eval.progress import Progress
 from lemon_muse.data.table import Table
 from lemon_muse.errors import RunError
@@ -68,7 +68,7 @@ def finetune(
         x: float32 [n, dim], its frozen features of all rows, read the same way.
         workers: threads that read images ahead.
         batch: nuclei of a step; a window of a dense encoder counts as 8, whatever its side.
-        lr: None = 1e-5, or 4e-5 where the encoder has no patches.
+        lr: None = 1e-5, or 4e-5 for a ResNet or the like: batch norm and no patches.
         held: bytes of pixels of train, and of val, that are kept in memory; where there are more,
             images are read again for every step, which takes long.
 
@@ -81,13 +81,18 @@ def finetune(
     """
     del protocol
     if lr is None:
-        lr = LR if getattr(encoder, "patch_size", None) else LR_CONVOLUTIONAL
+        convolutional = not getattr(encoder, "patch_size", None) and any(
+            map(_is_norm, encoder.modules())
+        )
+        lr = LR_CONVOLUTIONAL if convolutional else LR
     step = max(1, batch // NUCLEI_PER_WINDOW) if look.valid else batch
     outcomes = []
     for fold in folds:
         what = f"fine-tuning of {getattr(encoder, 'name', 'encoder')}, {fold.name}"
         parts = [Part(x[r], table.label[r], table.patient[r]) for r in (fold.train, fold.val)]
-        head, head_epoch = linear_head(*parts, classes=len(table.classes), seed=seed, device=device)
+        head, head_epoch = fit_layer(*parts, classes=len(table.classes), seed=seed, device=device)
+        if not all(p.isfinite().all() for p in head.parameters()):
+            raise RunError("the linear head that fine-tuning starts from is not finite.")
         model = _Model(encoder, look, head).to(device)
         # Test is read once, so it is not held.
         train, val, test = (
@@ -211,31 +216,12 @@ class _Model(nn.Module):
         """Batch norm trains; all that is random stays off."""
         self.eval()
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if _is_norm(module):
                 module.train()
 
 
-def linear_head(
-    train: Part, val: Part, *, classes: int, seed: int, device: str
-) -> tuple[nn.Linear, int]:
-    """The layer that the `linear` probe ends with, on the CPU, and the epoch that it is from.
-
-    It is read off the probe's scores at the origin and the unit vectors. They tell an affine layer
-    up to an amount common to all classes, which neither softmax nor a gradient of it sees.
-    """
-    width = train.x.shape[1]
-    corners = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
-    none = np.zeros(len(corners), np.int64)
-    found = linear(train, val, Part(corners, none, none), classes=classes, seed=seed, device=device)
-    logits = np.log(found.test.astype(np.float64))
-    logits -= logits.mean(1, keepdims=True)
-    if not np.isfinite(logits).all():
-        raise RunError("the linear head that fine-tuning starts from is not finite.")
-    head = nn.Linear(width, classes)
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy((logits[1:] - logits[0]).T))
-        head.bias.copy_(torch.from_numpy(logits[0]))
-    return head, int(found.params["epoch"])
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _train(
