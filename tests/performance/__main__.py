@@ -8,7 +8,17 @@ import json
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("views", "loading", "training", "muse", "slides", "store", "scale", "probes")
+BENCHMARKS = (
+    "views",
+    "loading",
+    "training",
+    "muse",
+    "slides",
+    "store",
+    "scale",
+    "probes",
+    "preemption",
+)
 OUT = Path("bench.json")
 
 
