@@ -22,11 +22,13 @@ $(BIN)/.ready: setup.cfg pyproject.toml
 demo: $(BIN)/.ready
 	$(BIN)/lemon-muse demo out=runs/demo
 
+# Two processes on two cores; the SLURM drills have one cluster and run alone.
 test: $(BIN)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slurm tests/slurm
 
 test-fast: $(BIN)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m tests.performance $(NAME)

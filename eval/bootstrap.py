@@ -42,6 +42,7 @@ def intervals(
     patient: np.ndarray,
     *,
     classes: tuple[str, ...],
+    fold: np.ndarray | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Interval]:
@@ -51,6 +52,7 @@ def intervals(
         labels, predicted: int [n], indices into `classes`.
         scores: float [n, K], higher is likelier; None leaves the AUROC out.
         patient: [n], any type; the unit that is resampled.
+        fold: int [n], which fold scored a nucleus: the AUROC compares nuclei of one fold.
 
     Returns:
         accuracy, balanced_accuracy, macro_f1, weighted_f1, auroc (macro one-vs-rest) and f1/<class>
@@ -67,7 +69,7 @@ def intervals(
         "weighted_f1": metrics.weighted_f1(matrices),
     }
     if scores is not None:
-        won, counts = metrics.auroc_pairs(labels, scores, owner, classes=len(classes))
+        won, counts = metrics.auroc_pairs(labels, scores, owner, classes=len(classes), fold=fold)
         values["auroc"] = metrics.macro_auroc(won, counts, weights)
     f1 = metrics.class_f1(matrices)
     for k, name in enumerate(classes):

@@ -29,7 +29,8 @@ class Scored:
 
 
 def pooled(table: Table, parts: list[Scored], *, seed: int) -> dict[str, Interval]:
-    """Every metric on all scored nuclei of all folds, with intervals over patients."""
+    """Every metric on all scored nuclei of all folds, with intervals over patients; the AUROC
+    compares nuclei of one fold only, which one model has scored."""
     rows = np.concatenate([part.rows for part in parts])
     scores = np.concatenate([part.scores for part in parts])
     return bootstrap.intervals(
@@ -38,6 +39,7 @@ def pooled(table: Table, parts: list[Scored], *, seed: int) -> dict[str, Interva
         scores,
         table.patient[rows],
         classes=table.classes,
+        fold=np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts]),
         seed=seed,
     )
 

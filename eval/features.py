@@ -113,6 +113,12 @@ def encode(
         )
         with torch.autocast(piece.device.type, torch.bfloat16, enabled=bf16):
             out = encoder(images)
+        if len(out) != len(piece):
+            # Written into the table's rows a single one would silently stand for all.
+            raise RunError(
+                f"the encoder gives {len(out)} features for {len(piece)} windows; it must give one "
+                f"for each."
+            )
         parts.append(out.float().cpu().numpy())
     return np.concatenate(parts)
 

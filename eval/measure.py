@@ -14,6 +14,7 @@ from eval.features import rate
 from eval.plans import Fold, column
 from eval.probes import Outcome, Part, Protocol
 from lemon_muse.data.table import Table
+from lemon_muse.errors import RunError
 
 if TYPE_CHECKING:
     from eval.sources import Source
@@ -127,9 +128,7 @@ def measure(source: "Source", job: Job) -> list[Row]:
                 key, found, encoder=source.name, n=job.headline_count, seconds=seconds, params=facts
             )
             # The rows come last: a key that has rows has its predictions.
-            have = {row["metric"] for row in known if results.key_of(row) == key}
-            new = [row for row in done if row["metric"] not in have]
-            results.append(job.out / "results.jsonl", new)
+            results.append(job.out / "results.jsonl", done)
         print(f"{source.name}: {probe} in {seconds:.1f} s", file=sys.stderr, flush=True)
         # Two names may have one hash (an encoder that was not trained, and random weights).
         rows += [{**row, "encoder": source.name} for row in done]
@@ -165,6 +164,12 @@ def _found(
         )
         return found, {}
     outcomes = _outcomes(source, job, probe, x)
+    for fold, outcome in zip(job.folds, outcomes, strict=True):
+        if not np.isfinite(outcome.test).all():
+            raise RunError(
+                f"{source.name}: probe={probe} gives scores that are not finite ({fold.name}); the "
+                f"features are too large for it."
+            )
     params = together([outcome.params for outcome in outcomes])
     if job.is_regression:
         scores = np.concatenate([outcome.test for outcome in outcomes])

@@ -46,38 +46,57 @@ def weighted_f1(matrix: np.ndarray) -> np.ndarray:
 
 
 def auroc_pairs(
-    labels: np.ndarray, scores: np.ndarray, patient: np.ndarray, *, classes: int
+    labels: np.ndarray,
+    scores: np.ndarray,
+    patient: np.ndarray,
+    *,
+    classes: int,
+    fold: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Won comparisons between patients, from which the AUROC of any resample follows exactly.
 
     Args:
         labels: int [n]; scores: float [n, K]; patient: int [n], 0 … P-1.
+        fold: int [n], 0 … F-1; None = one. Scores of different folds are of different models and
+            are not compared: the shares of classes in train, for one, would order them wrongly.
 
     Returns:
         won: float64 [K, P, P]; won[k, p, q] counts the pairs of a nucleus of class k of patient p
             and a nucleus of another class of patient q that the score of k orders rightly (1/2 for
-            a tie).
-        counts: float64 [K, P, 2]; nuclei of class k, and of the other classes, of each patient.
+            a tie), both of the same fold.
+        counts: float64 [K, F, P, 2]; nuclei of class k, and of the other classes, of each patient.
 
-    With weights c [P] the one-vs-rest AUROC of class k is c·won[k]·c / ((c·pos)(c·neg)).
+    With weights c [P] the one-vs-rest AUROC of class k is c·won[k]·c / Σ_f (c·pos_f)(c·neg_f).
     """
     people = int(patient.max()) + 1 if len(patient) else 0
+    fold = np.zeros(len(labels), np.int64) if fold is None else fold
+    folds = int(fold.max()) + 1 if len(fold) else 0
     won = np.zeros((classes, people, people))
-    counts = np.zeros((classes, people, 2))
-    for k in range(classes):
-        positive = labels == k
-        counts[k, :, 0] = np.bincount(patient[positive], minlength=people)
-        counts[k, :, 1] = np.bincount(patient[~positive], minlength=people)
-        mine, owner = scores[positive, k], patient[positive]
-        others, theirs = scores[~positive, k], patient[~positive]
-        order = np.lexsort((others, theirs))
-        groups = np.split(others[order], np.cumsum(np.bincount(theirs, minlength=people))[:-1])
-        for q, values in enumerate(groups):
-            if not len(values):
-                continue
-            below = np.searchsorted(values, mine, "left") + np.searchsorted(values, mine, "right")
-            won[k, :, q] = np.bincount(owner, weights=below / 2, minlength=people)
+    counts = np.zeros((classes, folds, people, 2))
+    for f in range(folds):
+        here = np.flatnonzero(fold == f)
+        for k in range(classes):
+            positive = labels[here] == k
+            yes, no = here[positive], here[~positive]
+            counts[k, f, :, 0] = np.bincount(patient[yes], minlength=people)
+            counts[k, f, :, 1] = np.bincount(patient[no], minlength=people)
+            won[k] += _won(scores[yes, k], patient[yes], scores[no, k], patient[no], people=people)
     return won, counts
+
+
+def _won(
+    mine: np.ndarray, owner: np.ndarray, others: np.ndarray, theirs: np.ndarray, *, people: int
+) -> np.ndarray:
+    """Pairs of `mine` above `others`, a tie 1/2, by the patients of both: float64 [P, P]."""
+    out = np.zeros((people, people))
+    order = np.lexsort((others, theirs))
+    groups = np.split(others[order], np.cumsum(np.bincount(theirs, minlength=people))[:-1])
+    for q, values in enumerate(groups):
+        if not len(values):
+            continue
+        below = np.searchsorted(values, mine, "left") + np.searchsorted(values, mine, "right")
+        out[:, q] = np.bincount(owner, weights=below / 2, minlength=people)
+    return out
 
 
 def macro_auroc(won: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -85,8 +104,8 @@ def macro_auroc(won: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.
     values = []
     for k in range(len(won)):
         wins = np.einsum("rp,rp->r", weights @ won[k], weights)
-        positive, negative = weights @ counts[k, :, 0], weights @ counts[k, :, 1]
-        values.append(_divide(wins, positive * negative))
+        positive, negative = (weights @ counts[k, :, :, side].T for side in (0, 1))
+        values.append(_divide(wins, (positive * negative).sum(1)))
     stacked = np.stack(values, -1)
     return _divide(np.nansum(stacked, -1), (~np.isnan(stacked)).sum(-1))
 

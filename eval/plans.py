@@ -35,9 +35,12 @@ class Fold:
 
 
 def official(table: Table, *, scored: str = "test") -> list[Fold]:
-    """The split that the data set states; with scored='val' its val rows are what is tested."""
+    """The split that the data set states; with scored='val' its val rows are what is tested, and
+    nothing is chosen on them."""
     train, val, test = (table.rows(split) for split in ("train", "val", "test"))
-    return [Fold(scored, train, val, test if scored == "test" else val)]
+    if scored == "val":
+        return [Fold(scored, train, val[:0], val)]
+    return [Fold(scored, train, val, test)]
 
 
 def grouped(
@@ -167,6 +170,31 @@ def from_word(word: str, table: Table, *, seed: int) -> list[Fold]:
     if kind in ("leave_out", "cross") and by:
         return leave_out(table, by) if kind == "leave_out" else cross(table, by, seed=seed)
     raise UserError(f"plan={word} is not known; use {WORDS}.")
+
+
+def apart(table: Table, folds: Sequence[Fold]) -> list[Fold]:
+    """The folds without what they train or choose on of patients that they test.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    out, left = [], 0
+    for fold in folds:
+        tested = np.unique(table.patient[fold.test])
+        train, val = (
+            rows[~np.isin(table.patient[rows], tested)] for rows in (fold.train, fold.val)
+        )
+        if len(fold.train) and not len(train):
+            raise UserError(
+                f"every patient who trains is tested too ({fold.name}): nothing is left to train "
+                f"on; divide by patient (plan=folds) or, where protocol=paper exists, use it to "
+                f"take the division as it is."
+            )
+        left += len(fold.train) + len(fold.val) - len(train) - len(val)
+        out.append(Fold(fold.name, train, val, fold.test))
+    if left:
+        log.warning("%d nuclei do not train: their patients are tested in the same fold", left)
+    return out
 
 
 def shares_patients(table: Table, folds: Sequence[Fold]) -> bool:

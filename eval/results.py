@@ -78,10 +78,10 @@ def complete(rows: list[Row], key: Key) -> list[Row]:
 def append(path: Path, rows: list[Row]) -> None:
     """Add complete lines by one synced write; a line that a crash left cut off is removed first.
 
-    The file is locked meanwhile: jobs with one `out` must not take each other's lines for torn.
+    The file is locked meanwhile: jobs with one `out` must not take each other's lines for torn. A
+    metric that has a line by now, of this job before it was killed or of another, gets no second.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    payload = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -90,6 +90,9 @@ def append(path: Path, rows: list[Row]) -> None:
         whole = size - len(tail) + tail.rfind(b"\n") + 1
         if whole != size:
             os.ftruncate(descriptor, whole)
+        have = {(*key_of(row), row["metric"]) for row in read(path)}
+        new = [row for row in rows if (*key_of(row), row["metric"]) not in have]
+        payload = "".join(json.dumps(row, allow_nan=False) + "\n" for row in new).encode()
         written = 0
         while written < len(payload):
             written += os.write(descriptor, payload[written:])
@@ -145,11 +148,15 @@ def predictions_path(out: Path, key: Key, *, encoder: str) -> Path:
     ':' and '/' of the encoder's name become '_'.
     """
     stem = re.sub(r"[:/\\\s]", "_", f"{encoder}-{key.probe}")
-    plain = out / "predictions" / f"{stem}.npz"
-    if not plain.is_file() or _stored_key(plain) in (key, None):
-        return plain
+    return _free(out / "predictions" / f"{stem}.npz", key)
+
+
+def _free(path: Path, key: Key) -> Path:
+    """`path`, or with digits where it holds another key."""
+    if not path.is_file() or _stored_key(path) in (key, None):
+        return path
     digits = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:8]
-    return plain.with_name(f"{stem}-{digits}.npz")
+    return path.with_name(f"{path.stem}-{digits}.npz")
 
 
 def has_predictions(path: Path, key: Key) -> bool:
@@ -226,7 +233,10 @@ def _write(path: Path, key: Key, encoder: str, **arrays: np.ndarray) -> None:
         **arrays,  # type: ignore[arg-type]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, stream.getvalue())
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Another job may have taken the name since it was asked for.
+        write_atomic(_free(path, key), stream.getvalue())
 
 
 def _stored_key(path: Path) -> Key | None:

@@ -47,6 +47,7 @@ def run(cfg: Eval) -> list[dict[str, Any]]:
     subject = sources.resolve(cfg.encoder, words=words, seed=cfg.seed, **settings)
     table = benchmark.load(cfg.root, request)
     job = _job(cfg, benchmark, request, table, device=device)
+    _refuse_idle(subject, job)
     _describe(benchmark, job, cfg, request)
     rows: list[dict[str, Any]] = []
     floors = sources.floors_of(subject, seed=cfg.seed, **settings) if cfg.floors else []
@@ -93,6 +94,11 @@ def _job(
 
     task = task_of(benchmark, request)
     if cfg.split == "val":
+        if cfg.plan not in ("auto", "official"):
+            raise UserError(
+                f"split=val scores the val part of the stated split, and plan={cfg.plan} divides "
+                f"otherwise; leave one of them out."
+            )
         if not len(table.rows("val")):
             raise UserError(f"{cfg.root} has no val nucleus; use split=test.")
         folds = plans.official(table, scored="val")
@@ -100,6 +106,8 @@ def _job(
         folds = benchmark.folds(table, request)
     else:
         folds = plans.from_word(cfg.plan, table, seed=cfg.seed)
+    if cfg.protocol == "default":
+        folds = plans.apart(table, folds)
     # The same benchmark on other files is another measurement.
     return Job(
         benchmark=benchmark.name,
@@ -141,6 +149,22 @@ def _probes(cfg: Eval, benchmark: "Benchmark", task: str, table: "Table") -> tup
             f"{', '.join(known)}, or all."
         )
     return wanted
+
+
+def _refuse_idle(subject: "Source", job: "Job") -> None:
+    """Say which probes the encoder cannot take; stop where it can take none."""
+    from eval.measure import possible
+
+    idle = [probe for probe in job.probes if not possible(subject, probe)]
+    if not idle:
+        return
+    said = (
+        f"{subject.name} cannot take probe={','.join(idle)}: finetune needs a trained network, "
+        f"ridge and robustness need features"
+    )
+    if len(idle) == len(job.probes):
+        raise UserError(f"{said}; choose another probe= or encoder=.")
+    print(f"note: {said}.", file=sys.stderr)
 
 
 def _device(word: str) -> str:

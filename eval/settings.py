@@ -39,7 +39,9 @@ class Eval(Config):
         "benchmark's publication did, its flaws included",
     )
     split: Literal["test", "val"] = Field(
-        "test", description="split that is scored; val to compare settings without touching test"
+        "test",
+        description="split that is scored; val to compare settings without touching test: k and "
+        "epoch are then not chosen on it",
     )
     sampler: Literal["auto", "crop", "map", "tokens", "cls"] = Field(
         "auto",

@@ -1,6 +1,7 @@
 """`lemon-muse eval sweep=FILE.yaml`: encoders × benchmarks, one row lost at most when killed."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def run_sweep(cfg: Eval) -> list[dict[str, Any]]:
         print(f"[{number}/{len(jobs)}] {name}", file=sys.stderr, flush=True)
         try:
             rows += run(job)
-        except (UserError, RunError) as error:
+        except Exception as error:  # whatever one of them raises, the others are to be done
+            if not isinstance(error, UserError | RunError | OSError):
+                traceback.print_exc()
             print(f"[{number}/{len(jobs)}] {name} failed: {error}", file=sys.stderr, flush=True)
             failed.append(f"{name} ({error})")
     print(f"\n{len(jobs) - len(failed)} of {len(jobs)} combinations are done; rows in {cfg.out}")
@@ -64,7 +67,9 @@ def plan(path: Path, shared: dict[str, Any]) -> list[Eval]:
         for encoder in encoders:
             encoder = {"encoder": encoder} if isinstance(encoder, str) else encoder
             for seed in seeds:
-                words = {**shared, **tree, **mark, **encoder}
+                # What is typed beats the file's common words, as everywhere; not what the file
+                # says of one encoder or benchmark.
+                words = {**tree, **shared, **mark, **encoder}
                 words |= {} if seed is None else {"seed": seed}
                 jobs.append(_settings(path, words))
     return jobs

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from lemon_muse import __version__
 from lemon_muse.errors import RunError, UserError
@@ -26,11 +27,27 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "views": ("launch.views", "Views", "draw the views that a step of a run sees"),
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
     "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),
+    "embed": (
+        "launch.embed",
+        "Embed",
+        "features of every nucleus of slides, as AnnData",
+    ),
+    "atlas": (
+        "eval.atlas",
+        "Atlas",
+        "an interactive page of embedded nuclei: map, lasso",
+    ),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),
     "submit": ("launch.slurm", "Submit", "any of the above on a SLURM cluster; chains and sweeps"),
     "status": ("launch.status", "Status", "how submissions and runs stand: step, rate, time left"),
 }
 USAGE = "usage: lemon-muse JOB [CONFIG.yaml] [key=value …] [--help] [--print-config]"
+# Jobs that take other words as well.
+USAGES = {
+    "submit": "usage: lemon-muse submit [CLUSTER.yaml] [key=value …] [--dry-run] "
+    "-- [key=value …] JOB … [-- [key=value …] JOB …]",
+    "status": "usage: lemon-muse status [FOLDER …] [key=value …]",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +111,8 @@ def run_job(words: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         given = [w for w in rest if w not in ("--help", "-h")]
         keys = help_text(model.variant(read(model, given)))
-        print(f"lemon-muse {name}: {line}\n\n{USAGE.replace('JOB', name)}\n\n{keys}")
+        usage = USAGES.get(name, USAGE.replace("JOB", name))
+        print(f"lemon-muse {name}: {line}\n\n{usage}\n\n{keys}")
         return 0
     tree = read(model, [w for w in rest if w != "--print-config"])
     config = validate(model, {**tree, **after})
@@ -111,11 +129,15 @@ def run_job(words: list[str]) -> int:
 def _sections(name: str, words: list[str]) -> tuple[list[str], dict[str, object]]:
     """The job's own words, and what is not written as key=value: jobs after --, folders."""
     if name == "status":
-        bare = [w for w in words if "=" not in w and not w.startswith("-")]
+        # A sweep's folders have a '=' in their names.
+        bare = [w for w in words if not w.startswith("-") and ("=" not in w or Path(w).is_dir())]
         return [w for w in words if w not in bare], ({"runs": tuple(bare)} if bare else {})
     if name != "submit":
         return words, {}
     at = words.index("--") if "--" in words else len(words)
+    early = [w for w in words[:at] if w in {job.split()[0] for job in JOBS}]
+    if early:
+        raise UserError(f"write -- before the job: lemon-muse submit … -- {early[0]} …")
     own = ["dry_run=true" if word == "--dry-run" else word for word in words[:at]]
     return own, {"job": tuple(words[at + 1 :])} if at < len(words) else {}
 

@@ -26,18 +26,34 @@ class Seen:
         return self.state.split()[0] in ("PENDING", "REQUEUED", "CONFIGURING")
 
 
-def look_up(ids: list[str]) -> dict[str, Seen]:
-    """What SLURM knows about jobs ('12' or '12_3'); {} where there is no SLURM.
+# Without accounting SLURM forgets a job some minutes after its end.
+GONE = Seen("UNKNOWN to SLURM", "")
 
-    Jobs that neither squeue nor sacct knows are left out.
+
+def look_up(ids: list[str], *, sure: bool = False) -> dict[str, Seen]:
+    """What SLURM knows about jobs ('12', '12_3', '12' for any of 12_0, 12_1 …); {} without SLURM.
+
+    A job that squeue and sacct do not know is `GONE`.
+
+    Args:
+        sure: an answer is needed: no SLURM, or one that does not answer, is an error.
+
+    Raises:
+        UserError: with `sure`, squeue does not answer.
     """
     plain = sorted({i.split("_")[0] for i in ids if i and i.split("_")[0].isdigit()})
-    if not plain or shutil.which("squeue") is None:
+    if not plain or (shutil.which("squeue") is None and not sure):
         return {}
     found = _ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", ",".join(plain)])
+    if found is None and sure:
+        raise UserError("SLURM does not answer (squeue failed); try again in a minute.")
     ended = _ask(["sacct", "-n", "-X", "-P", "-o", "JobID,State,ExitCode", "-j", ",".join(plain)])
     # squeue forgets ended jobs after some minutes; while it holds one it knows best.
-    return {name: seen for name, seen in {**ended, **found}.items() if name in ids}
+    known = {**(ended or {}), **(found or {})}
+    if found is not None:
+        arrays = {name.split("_")[0] for name in known}
+        known |= {i: GONE for i in ids if i and i not in known and i not in arrays}
+    return {k: seen for k, seen in known.items() if k in ids or k.split("_")[0] in ids}
 
 
 def cancel(ids: list[str]) -> None:
@@ -51,11 +67,14 @@ def cancel(ids: list[str]) -> None:
         raise UserError(f"scancel: {done.stderr.strip()}")
 
 
-def _ask(command: list[str]) -> dict[str, Seen]:
-    """Lines 'id|state|reason' of a command; {} where it cannot answer."""
+def _ask(command: list[str]) -> dict[str, Seen] | None:
+    """Lines 'id|state|reason' of a command; None where it does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return {}
+        return None
+    # squeue fails as well where it has forgotten the only job that it is asked about.
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     return {name.strip(): Seen(state.strip(), reason.strip()) for name, state, reason in rows}

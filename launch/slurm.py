@@ -1,7 +1,9 @@
 """`lemon-muse submit`: any job, an array or a chain of jobs on SLURM, through submitit."""
 
+import contextlib
 import json
-import sys
+import shlex
+import shutil
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,8 +18,13 @@ from lemon_muse.config import Config, read, validate
 from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import UserError
 
-# Seconds that a failed job is given to leave the queue.
-SETTLE_S = 30
+# Seconds that processes of this machine are given to end after Ctrl-C.
+PATIENCE_S = 5
+# Settings of a submission as a whole.
+SHARED = ("out", "executor", "after", "snapshot", "resubmit", "dry_run", "job")
+
+Facts = dict[str, Any]  # of a task: number, words, stage, job
+Record = dict[str, Any]  # of a submission; see states.submission
 
 
 class Submit(Config):
@@ -54,7 +61,9 @@ class Submit(Config):
     comment: str | None = Field(None, description="comment that the scheduler keeps")
     name: str | None = Field(None, description="name of the job; none = the job's")
     extra: dict[str, Any] = Field(
-        {}, description="further sbatch options by their long names, as extra.mail-type=END"
+        {},
+        description="further sbatch options by their long names, as extra.mail-type=END, "
+        "extra.exclusive=true; false leaves one out",
     )
     srun: tuple[str, ...] = Field((), description="further options of srun")
     setup: tuple[str, ...] = Field(
@@ -75,7 +84,7 @@ class Submit(Config):
         {}, description="sweep.KEY=a,b: one task for every combination of values of a job's keys"
     )
     after: str = Field("", description="ids of jobs that must have succeeded before, as 12:13")
-    snapshot: bool = Field(True, description="run a copy of the code as it is now")
+    snapshot: bool = Field(True, description="run copies of code and YAML files as they are now")
     resubmit: Path | None = Field(
         None, description="folder of a submission: submit again what has failed of it, no more"
     )
@@ -90,55 +99,68 @@ def run(cfg: Submit) -> Path:
         The folder of the submission.
 
     Raises:
-        UserError: wrong words of `submit` or of a job (before anything is submitted), no SLURM.
-        RunError: the scheduler refuses.
+        UserError: wrong words of `submit` or of a job (before anything is submitted), no SLURM,
+            the scheduler refuses (what was submitted is cancelled).
     """
     if cfg.resubmit is not None:
+        from launch.resubmit import resubmit
+
         return resubmit(cfg.resubmit)
     if not cfg.job:
         raise UserError("submit needs a job after --, as in: submit slurm.yaml -- train demo.yaml")
     chain = plan(cfg)
     if cfg.dry_run:
-        for own, stage in chain:
-            folder = cfg.out / "NAME"
-            code = folder / "code" if cfg.snapshot else None
-            count = len(stage.tasks)
-            print(f"# {stage.job}: {count} task(s), each as: {' '.join(stage.tasks[0])}")
-            print(executors.script(own, stage.job, folder=folder / "logs", count=count, code=code))
+        _print_scripts(cfg, chain)
         return cfg.out
+    if cfg.executor == "slurm":
+        executors.check_slurm()
     folder = _new_folder(cfg, chain[0][1].job)
     code = snapshot.take(folder / "code") if cfg.snapshot else None
-    record: dict[str, Any] = {"settings": json.loads(cfg.model_dump_json()), "tasks": []}
+    record: Record = {
+        "settings": json.loads(cfg.model_dump_json()),
+        "cwd": str(Path.cwd()),
+        "tasks": [],
+    }
+    for number, (_, stage) in enumerate(chain):
+        for words in stage.tasks:
+            if cfg.snapshot:
+                words = snapshot.keep_files(words, folder / "recipes" / str(number))
+            task = {"number": len(record["tasks"]), "words": words, "stage": number, "job": ""}
+            record["tasks"].append(task)
+    write(folder, record)
     after = cfg.after
     for number, (own, stage) in enumerate(chain):
-        first = len(record["tasks"])
-        tasks = [
-            {"number": first + i, "words": list(words), "stage": number, "job": ""}
-            for i, words in enumerate(stage.tasks)
-        ]
-        record["tasks"] += tasks
-        after = _start(own, stage.job, tasks, folder, code=code, after=after)
-        _write(folder, record)
-    _say(folder, record)
+        tasks = [task for task in record["tasks"] if task["stage"] == number]
+        try:
+            after = start(own, stage.job, tasks, folder, code=code, after=after)
+        except (UserError, KeyboardInterrupt) as error:
+            _give_up(folder, record, str(error) or "interrupted")
+            raise
+        write(folder, record)
+    say(folder, record, list(range(len(record["tasks"]))))
     return folder
 
 
 def plan(cfg: Submit) -> list[tuple[Submit, stages.Stage]]:
     """The stages with their settings; every word of every job is checked here."""
     chain = []
-    sections = stages.split(cfg.job)
-    for section in sections:
-        own_words, words = stages.own_words(section)
-        own = _stage_settings(cfg, own_words)
-        name = stages.job_name(words)
-        executors.ranks(own, name)
-        words = with_workers(words, executors.cpus(own))
-        sweep = own.sweep if name == stages.job_name(words) else {}
-        tasks = stages.expand(words, sweep=sweep, copies=own.tasks)
+    for own, name, words in sections(cfg):
+        executors.check(own, name)
+        words = stages.with_workers(words, executors.cpus(own))
+        tasks = stages.expand(words, sweep=own.sweep, copies=own.tasks)
         for task in tasks:
-            settings_of(task)
-        chain.append((own, stages.Stage(name, {}, tasks)))
+            stages.settings_of(task)
+        chain.append((own, stages.Stage(name, tasks)))
     return chain
+
+
+def sections(cfg: Submit) -> list[tuple[Submit, str, list[str]]]:
+    """The settings, the job's name and the job's words of every stage."""
+    found = []
+    for section in stages.split(cfg.job):
+        own, words = stages.own_words(section)
+        found.append((_stage_settings(cfg, own), stages.job_name(words), words))
+    return found
 
 
 def _stage_settings(cfg: Submit, words: list[str]) -> Submit:
@@ -151,50 +173,26 @@ def _stage_settings(cfg: Submit, words: list[str]) -> Submit:
                 "in a chain, tasks= and sweep. belong to one stage: write them after its --."
             )
     tree = read(Submit, words)
+    wrong = [key for key in tree if key in SHARED]
+    if wrong:
+        raise UserError(f"{wrong[0]}= holds for all stages: write it before the first --.")
     extra = {**shared["extra"], **tree.pop("extra", {})}
     return validate(Submit, {**shared, **tree, "extra": extra})
 
 
-def settings_of(words: tuple[str, ...] | list[str]) -> Config:
-    """The settings of a job, from its words.
-
-    Raises:
-        UserError: a wrong word.
-    """
-    import importlib
-
-    from launch.cli import JOBS, split_name
-    from lemon_muse.config import load
-
-    name, rest = split_name(list(words))
-    module, model, _ = JOBS[name]
-    return load(getattr(importlib.import_module(module), model), rest)
+def _print_scripts(cfg: Submit, chain: list[tuple[Submit, stages.Stage]]) -> None:
+    folder, after = cfg.out / "NAME", cfg.after
+    code = folder / "code" if cfg.snapshot else None
+    for own, stage in chain:
+        count = len(stage.tasks)
+        print(f"# {stage.job}: {count} task(s), each as: {' '.join(stage.tasks[0])}")
+        logs = folder / "logs"
+        print(executors.script(own, stage.job, folder=logs, count=count, code=code, after=after))
+        after = "JOB_BEFORE"
 
 
-def with_workers(words: list[str], count: int) -> list[str]:
-    """The words with workers= for this many CPUs, where the job has that key and no value yet."""
-    import importlib
-
-    from launch.cli import JOBS, split_name
-
-    name, rest = split_name(list(words))
-    module, model, _ = JOBS[name]
-    kind = getattr(importlib.import_module(module), model)
-    given = read(kind, rest)
-    if "workers" in given or "workers" not in kind.model_fields:
-        return words
-    # One CPU is left to the process that the readers feed.
-    return [*words, f"workers={max(1, count - 1)}"]
-
-
-def _start(
-    own: Submit,
-    job: str,
-    tasks: list[dict[str, Any]],
-    folder: Path,
-    *,
-    code: Path | None,
-    after: str,
+def start(
+    own: Submit, job: str, tasks: list[Facts], folder: Path, *, code: Path | None, after: str
 ) -> str:
     """Submit the tasks of a stage; their ids are written into `tasks`. Returns what to wait for."""
     import submitit
@@ -202,87 +200,67 @@ def _start(
     made = executors.executor(own, job, folder=folder / "logs", code=code, after=after)
     things = [Task(task["words"], folder, task["number"]) for task in tasks]
     for task in tasks:
-        words = tuple(task["words"])
-        states.write(folder, states.State(task["number"], words, "submitted"))
+        # Before the task can write its own; its id stands in the record of the submission.
+        old = states.read(folder, task["number"])
+        new = states.State(task["number"], tuple(task["words"]), "submitted")
+        states.write(folder, replace(new, starts=old.starts) if old else new)
     if own.executor != "slurm":
-        return _run_here(made, things, tasks)
+        return _run_here(made, things)
     try:
-        if len(things) == 1:
-            jobs = [made.submit(things[0])]
-        else:
-            with made.batch():
-                jobs = [made.submit(thing) for thing in things]
+        with executors.outside_of_jobs():
+            if len(things) == 1:
+                jobs = [made.submit(things[0])]
+            else:
+                with made.batch():
+                    jobs = [made.submit(thing) for thing in things]
     except submitit.core.utils.FailedJobError as error:
-        said = str(error).strip().split("\n")[-1]
+        said = str(error).strip().split("\n")[-1].removeprefix("sbatch: error: ")
         raise UserError(f"sbatch refuses the job: {said}") from None
     for task, made_job in zip(tasks, jobs, strict=True):
-        task["job"] = made_job.job_id
-        state = states.read(folder, task["number"])
-        if state is not None and state.state == "submitted":
-            states.write(folder, replace(state, job=made_job.job_id))
+        task["job"] = str(made_job.job_id)
     return str(jobs[0].job_id).split("_")[0]
 
 
-def _run_here(made: Any, things: list[Task], tasks: list[dict[str, Any]]) -> str:
-    """Run on this machine, one after another, and wait."""
-    for thing, task in zip(things, tasks, strict=True):
+def _run_here(made: Any, things: list[Task]) -> str:
+    """Run on this machine, one after another, and wait; one that fails does not end the others."""
+    broken = []
+    for thing in things:
         job = made.submit(thing)
-        task["job"] = str(job.job_id)
-        job.wait()
+        try:
+            job.wait()
+        except KeyboardInterrupt:
+            job.cancel()
+            end = time.monotonic() + PATIENCE_S
+            while job.state == "RUNNING" and time.monotonic() < end:
+                time.sleep(0.1)
+            raise
+        except SystemExit:  # of a task in this process, which has written its reason
+            pass
         state = states.read(thing.folder, thing.number)
         if state is None or state.state != "done":
-            why = state.reason if state else "it did not start"
-            raise UserError(
-                f"task {thing.number} ({' '.join(thing.words)}) failed: {why}; its log is in "
-                f"{thing.folder / 'logs'}."
+            why = state.reason if state and state.reason else "it was killed, or did not start"
+            broken.append(
+                f"task {thing.number} ({' '.join(thing.words)}) failed: {why.rstrip('.')}"
             )
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{more}; logs are in {things[0].folder / 'logs'}.")
     return ""
 
 
-def resubmit(folder: Path) -> Path:
-    """Submit again the tasks that failed or were lost; finished and waiting ones are left alone."""
-    record = states.submission(folder)
-    cfg = validate(Submit, record["settings"])
-    again = failed(folder)
-    if not again:
-        print(f"{folder}: nothing to submit again; see lemon-muse status {folder}")
-        return folder
-    numbers = {state.number for state in again}
-    after = ""
-    code = folder / "code" if cfg.snapshot else None
-    for number, (own, stage) in enumerate(plan(cfg)):
-        mine = [t for t in record["tasks"] if t["stage"] == number]
-        some = [task for task in mine if task["number"] in numbers]
-        waiting = [t["job"].split("_")[0] for t in mine if t["number"] not in numbers and t["job"]]
-        if some:
-            after = _start(own, stage.job, some, folder, code=code, after=after)
-        elif any(not _is_done(folder, t["number"]) for t in mine):
-            after = waiting[0] if waiting else after
-    _write(folder, record)
-    _say(folder, record)
-    return folder
-
-
-def failed(folder: Path) -> list[states.State]:
-    """Tasks that are neither done nor waiting or running.
-
-    A job stays in the queue for some seconds after its task has failed, and SLURM may also put it
-    back by itself (a preemption without warning): such ones are looked at until it is clear.
-    """
-    end = time.monotonic() + SETTLE_S
-    while True:
-        standing = [state for state in states.read_all(folder) if state.state != "done"]
-        seen = cluster.look_up([state.job for state in standing])
-        live = [s for s in standing if s.job in seen and seen[s.job].is_live]
-        leaving = [s for s in live if s.state == "failed" and not seen[s.job].is_waiting]
-        if not leaving or time.monotonic() > end:
-            return [state for state in standing if state not in live]
-        time.sleep(1)
-
-
-def _is_done(folder: Path, number: int) -> bool:
-    state = states.read(folder, number)
-    return state is not None and state.state == "done"
+def _give_up(folder: Path, record: Record, why: str) -> None:
+    """Cancel what has been submitted, and leave no task as if it could still run."""
+    ids = {task["job"].split("_")[0] for task in record["tasks"]} - {""}
+    if ids:
+        with contextlib.suppress(UserError):  # they may have ended
+            cluster.cancel(sorted(ids))
+    elif record["settings"]["executor"] == "slurm":
+        shutil.rmtree(folder)
+        return
+    write(folder, record)
+    for state in states.read_all(folder):
+        if state.state not in states.ENDED:
+            states.write(folder, replace(state, state="failed", reason=f"given up: {why}"))
 
 
 def _new_folder(cfg: Submit, job: str) -> Path:
@@ -300,12 +278,17 @@ def _new_folder(cfg: Submit, job: str) -> Path:
     raise UserError(f"out={cfg.out} holds a hundred submissions of this second; give another out=.")
 
 
-def _write(folder: Path, record: dict[str, Any]) -> None:
+def write(folder: Path, record: Record) -> None:
     write_atomic(folder / states.SUBMISSION, json.dumps(record, indent=1).encode())
 
 
-def _say(folder: Path, record: dict[str, Any]) -> None:
-    ids = list(dict.fromkeys(task["job"].split("_")[0] for task in record["tasks"]))
-    print(f"submitted {len(record['tasks'])} task(s) as job(s) {', '.join(ids)}")
-    print(f"folder: {folder}\nstatus: lemon-muse status {folder}")
-    print(f"again:  lemon-muse submit resubmit={folder}   (what has failed)", file=sys.stdout)
+def say(folder: Path, record: Record, numbers: list[int]) -> None:
+    """What has been submitted, and what to do next."""
+    ids = dict.fromkeys(record["tasks"][number]["job"].split("_")[0] for number in numbers)
+    if any(ids):
+        print(f"submitted {len(numbers)} task(s) as job(s) {', '.join(ids)}")
+    else:
+        print(f"ran {len(numbers)} task(s) on this machine")
+    quoted = shlex.quote(str(folder))
+    print(f"folder: {folder}\nstatus: lemon-muse status {quoted}")
+    print(f"again:  lemon-muse submit resubmit={quoted}   (what has failed)")

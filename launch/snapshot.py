@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("lemon_muse", "data_prep", "eval", "launch")
@@ -28,3 +29,18 @@ def take(folder: Path) -> Path:
                 shutil.copytree(found, partial / "configs", ignore=leave)
     partial.rename(folder)
     return folder
+
+
+def keep_files(words: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Copy the YAML files that words name into `folder`; the words with the copies' paths.
+
+    Recipes that ship with the code are in its snapshot and stay as they are.
+    """
+    kept = []
+    for word in words:
+        path = Path(word)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            word = str(shutil.copyfile(path, folder / path.name))
+        kept.append(word)
+    return tuple(kept)

@@ -1,11 +1,14 @@
 """From words to stages and tasks: `-- JOB … -- JOB …` is a chain, `sweep.KEY=a,b` an array."""
 
+import importlib
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lemon_muse.config import Config, load, read
 from lemon_muse.errors import UserError
 
 # Jobs whose processes share the work when they are started with the same words.
@@ -20,12 +23,10 @@ class Stage:
 
     Attributes:
         job: its name, as 'train' or 'prep crops'.
-        own: settings of `submit` that hold for it alone, as nested dicts.
         tasks: the words of every task, each beginning with the job's name.
     """
 
     job: str
-    own: dict[str, Any]
     tasks: tuple[tuple[str, ...], ...]
 
 
@@ -66,6 +67,35 @@ def job_name(words: Sequence[str]) -> str:
     return name
 
 
+def settings_of(words: Sequence[str]) -> Config:
+    """The settings of a job, from its words.
+
+    Raises:
+        UserError: a wrong word.
+    """
+    model, rest = _model(words)
+    return load(model, rest)
+
+
+def with_workers(words: Sequence[str], count: int) -> list[str]:
+    """The words with workers= for this many CPUs, where the job has that key and no value yet."""
+    model, rest = _model(words)
+    if "workers" in read(model, rest) or "workers" not in model.model_fields:
+        return list(words)
+    # One CPU is left to the process that the readers feed.
+    return [*words, f"workers={max(1, count - 1)}"]
+
+
+def _model(words: Sequence[str]) -> tuple[type[Config], list[str]]:
+    """The settings model of the job that words begin with, and the words after its name."""
+    from launch.cli import JOBS, split_name
+
+    name, rest = split_name(list(words))
+    module, model, _ = JOBS[name]
+    found: type[Config] = getattr(importlib.import_module(module), model)
+    return found, rest
+
+
 def expand(
     words: Sequence[str], *, sweep: dict[str, Any], copies: int = 1
 ) -> tuple[tuple[str, ...], ...]:
@@ -78,7 +108,8 @@ def expand(
         copies: tasks with the same words, for jobs that share their work.
 
     Raises:
-        UserError: copies of a job that does not share, a sweep without values or without out=.
+        UserError: copies of a job that does not share, a sweep without values or without out=, or
+            with the same value twice.
     """
     name = job_name(words)
     if sweep and copies > 1:
@@ -109,11 +140,18 @@ def expand(
 
 
 def _values(key: str, value: Any) -> list[str]:
-    items = value if isinstance(value, list) else str(value).split(",")
-    found = [str(item).strip() for item in items if str(item).strip()]
+    items = value if isinstance(value, list) else _text(value).split(",")
+    found = [text for item in items if (text := _text(item).strip())]
     if not found:
         raise UserError(f"sweep.{key} has no value; write sweep.{key}=a,b.")
+    if len(set(found)) < len(found):
+        raise UserError(f"sweep.{key} has a value twice: two tasks would write the same folder.")
     return found
+
+
+def _text(value: Any) -> str:
+    """As it is written in a word: what is no string as JSON, which YAML reads."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

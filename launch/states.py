@@ -1,7 +1,7 @@
 """What a submission remembers: its tasks, their words and how each of them stands.
 
-`<folder>/submission.json` is written once; `<folder>/tasks/<number>.json` by the task itself while
-it runs, so that one command tells how things stand with or without SLURM's accounting.
+`<folder>/submission.json` is written by submit; `<folder>/tasks/<number>.json` by the task itself
+while it runs, so that one command tells how things stand with or without SLURM's accounting.
 """
 
 import json
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lemon_muse.data.files import write_atomic
-from lemon_muse.errors import UserError
+from lemon_muse.errors import RunError, UserError
 
 SUBMISSION = "submission.json"
 ENDED = ("done", "failed")
+LOST = "lost another rank"  # how a failure begins that another rank has caused
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,17 @@ def read_all(folder: Path) -> list[State]:
     Raises:
         UserError: the folder is no submission.
     """
-    said = submission(folder)
-    return [
-        read(folder, task["number"])
-        or State(task["number"], tuple(task["words"]), "submitted", task["job"])
-        for task in said["tasks"]
-    ]
+    found = []
+    for task in submission(folder)["tasks"]:
+        state = read(folder, task["number"])
+        state = state or State(task["number"], tuple(task["words"]), "submitted")
+        # A task that has not started does not know its job.
+        found.append(state if state.job else replace(state, job=task["job"]))
+    return found
 
 
 def submission(folder: Path) -> dict[str, Any]:
-    """What was submitted: {'settings', 'tasks': [{'number', 'words', 'job', 'stage', 'after'}]}.
+    """What was submitted: {'settings', 'cwd', 'tasks': [{'number', 'words', 'stage', 'job'}]}.
 
     Raises:
         UserError: the folder is no submission.
@@ -99,32 +101,39 @@ def submission(folder: Path) -> dict[str, Any]:
             f"{folder} is no submission (no {SUBMISSION}); give the folder that 'lemon-muse "
             f"submit' printed."
         ) from None
-    return dict(said)
+    return {"cwd": ".", **said}
 
 
-def note_failure(folder: Path, number: int, rank: int, error: BaseException) -> None:
-    """Keep the traceback of a rank that died: of several ranks only the first is the cause."""
-    path = folder / "tasks" / f"{number}.rank{rank}.txt"
+def note_failure(folder: Path, number: int, start: str, rank: int, error: BaseException) -> None:
+    """Keep the traceback of a rank that died: of several ranks only the first is the cause.
+
+    Args:
+        start: word for this start of the job; failures of other starts do not count.
+    """
+    path = folder / "tasks" / f"{number}.{start}.rank{rank}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(traceback.format_exception(error))
+    # Of a message of many lines (torch's have C++ frames) the first says what happened.
+    ours = isinstance(error, UserError | RunError)
+    short = str(error) if ours else "".join(traceback.format_exception_only(error))
+    short = short.strip().split("\n")[0]
     when = datetime.now(UTC).isoformat(timespec="milliseconds")
-    write_atomic(path, f"{when} {socket.gethostname()} rank {rank}\n{text}".encode())
+    write_atomic(path, f"{when} {socket.gethostname()} rank {rank}\n{short}\n{text}".encode())
 
 
-def first_failure(folder: Path, number: int) -> str:
-    """One line on the rank that failed first: 'rank 1 on node-3: ValueError: …'; '' if none did."""
+def first_failure(folder: Path, number: int, start: str) -> str:
+    """One line on the rank that failed first: 'rank 1 on node-3: ValueError: …'; '' if none did.
+
+    Args:
+        start: word of a start, or a pattern of several, as '12_3-*'.
+    """
     notes = []
-    for path in (folder / "tasks").glob(f"{number}.rank*.txt"):
-        lines = path.read_text(encoding="utf-8").strip().split("\n")
+    for path in (folder / "tasks").glob(f"{number}.{start}.rank*.txt"):
+        lines = path.read_text(encoding="utf-8").split("\n")
         when, host, _, rank = lines[0].split()[:4]
-        notes.append((when, f"rank {rank} on {host}: {lines[-1]}"))
-    return min(notes)[1] if notes else ""
-
-
-def clear_failures(folder: Path, number: int) -> None:
-    """Forget the failures of an earlier start."""
-    for path in (folder / "tasks").glob(f"{number}.rank*.txt"):
-        path.unlink(missing_ok=True)
+        # Clocks of nodes differ, and a rank that only lost the other may be quicker to say so.
+        notes.append((LOST in lines[1], when, f"rank {rank} on {host}: {lines[1]}"))
+    return min(notes)[2] if notes else ""
 
 
 def job_id() -> str:

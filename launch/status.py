@@ -105,8 +105,9 @@ def look(folders: tuple[Path, ...]) -> list[Line]:
     lines: list[Line] = []
     told = set()
     for folder, some in standing.items():
+        cwd = Path(states.submission(folder)["cwd"])
         for state in some:
-            out = out_of(state.words)
+            out = out_of(state.words, cwd)
             told.add(out.resolve() if out else None)
             lines.append(_of_task(folder, state, seen.get(state.job), out))
     lines += [of_run(run_folder) for run_folder in runs if run_folder.resolve() not in told]
@@ -139,16 +140,36 @@ def _of_task(
     folder: Path, state: states.State, seen: cluster.Seen | None, out: Path | None
 ) -> Line:
     name = f"{folder.name}:{state.number} {job_of(state.words)}"
-    word, reason = state.state, state.reason
-    if word not in states.ENDED and seen is not None:
-        # The task cannot write its own end when its node died or it was cancelled.
-        word = seen.state.split()[0].lower() if seen.is_live else f"lost: {seen.state.lower()}"
-        reason = reason or (seen.reason if seen.reason not in ("None", "0:0") else "")
+    word, reason = stands(folder, state, seen)
     facts: dict[str, Any] = facts_of(out) if out and state.words[0] == "train" else {}
     where = state.host + (f" (start {state.starts})" if state.starts > 1 else "")
     if word != "running":
         facts.pop("left", None)
     return Line(name, state.job, word, where=where, reason=reason, **facts)
+
+
+def stands(folder: Path, state: states.State, seen: cluster.Seen | None) -> tuple[str, str]:
+    """State and reason, from the task's own word and the scheduler's.
+
+    A task cannot write its own end when its node died or it was cancelled, and not that SLURM has
+    put it back after it failed.
+    """
+    if state.state == "done" or seen is None:
+        return state.state, state.reason
+    if seen.is_live:
+        return seen.state.split()[0].lower(), state.reason or _said(seen)
+    if state.state == "failed":
+        return state.state, state.reason
+    # A rank other than 0 may have failed before rank 0 had begun.
+    first = states.first_failure(folder, state.number, f"{state.job}-*")
+    if first or seen.state == "FAILED":
+        logs = folder / "logs" / f"{state.job}_0_log.err"
+        return "failed", first or f"it ended before the job began or was killed; see {logs}"
+    return f"lost: {seen.state.lower()}", _said(seen) or state.reason
+
+
+def _said(seen: cluster.Seen) -> str:
+    return "" if seen.reason in ("None", "0:0") else seen.reason
 
 
 def of_run(folder: Path) -> Line:
@@ -213,21 +234,20 @@ def _batch(out: Path) -> float:
         return 0.0
 
 
-def out_of(words: tuple[str, ...]) -> Path | None:
-    """The folder that a job writes to."""
-    from launch.slurm import settings_of
+def out_of(words: tuple[str, ...], cwd: Path) -> Path | None:
+    """The folder that a job writes to, which it may have been given relative to `cwd`."""
+    from launch.stages import settings_of
 
     try:
         found = getattr(settings_of(words), "out", None)
     except UserError:
         found = None
-    return Path(found) if found else None
+    return cwd / found if found else None
 
 
 def job_of(words: tuple[str, ...]) -> str:
     """The job and the recipe of words, short."""
-    bare = [word for word in words if "=" not in word]
-    return " ".join(bare)
+    return " ".join(Path(word).name for word in words if "=" not in word or word.endswith(".yaml"))
 
 
 def table(lines: list[Line]) -> str:

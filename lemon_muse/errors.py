@@ -12,7 +12,7 @@ class RunError(RuntimeError):
     """The job failed while running (non-finite loss, full disk, collapse): exit code 1."""
 
 
-class Stopped(RunError):
+class Stopped(RunError):  # noqa: N818 - it is no failure
     """A signal ended the job in good order: everything is saved, the same words go on.
 
     Args:

@@ -22,6 +22,11 @@ FILE = "LEMON_MUSE_RENDEZVOUS"  # path of the file; set by the launcher
 HOST = "LEMON_MUSE_HOST"  # name under which the others reach rank 0
 WAIT = "LEMON_MUSE_RENDEZVOUS_S"  # seconds to wait for the others
 POLL = 0.2
+TRY_S = 10.0  # seconds of one attempt to connect
+CAUSES = (
+    "a rank failed before it came (see its log), or the nodes cannot reach each other: set "
+    "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface between them."
+)
 
 
 def join(backend: str, *, timeout: timedelta) -> None:
@@ -36,25 +41,29 @@ def join(backend: str, *, timeout: timedelta) -> None:
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     file = os.environ.get(FILE)
-    limit = timedelta(seconds=float(os.environ.get(WAIT, "600")))
+    limit = timedelta(seconds=float(os.environ.get(WAIT, "600"))) if file else timeout
     try:
         if file is None:
             dist.init_process_group(backend, timeout=timeout)
             return
         store = _meet(Path(file), rank, world, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
+    except RunError:
+        raise
+    except RuntimeError as error:  # DistStoreError, DistNetworkError, and gloo's own
         first = str(error).strip().split("\n")[0]
+        late = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+        within = f" within {limit.total_seconds():.0f} s" if late else ""
         raise RunError(
-            f"rank {rank} of {world} on {socket.gethostname()} did not meet the others within "
-            f"{limit.total_seconds():.0f} s ({first}); a rank failed before it came (see its log), "
-            f"or the nodes cannot reach each other: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
-            f"to the interface between them."
+            f"rank {rank} of {world} on {socket.gethostname()} did not meet the others{within} "
+            f"({first}); {CAUSES}"
         ) from None
 
 
 def _meet(file: Path, rank: int, world: int, limit: timedelta) -> dist.Store:
     """The store of rank 0, once all ranks are there."""
+    end = time.monotonic() + limit.total_seconds()
+    store: dist.TCPStore
     if rank == 0:
         # Port 0: the system gives a free one, and the store holds it from that moment on.
         store = dist.TCPStore("0.0.0.0", 0, world, True, limit, wait_for_workers=False)
@@ -62,16 +71,37 @@ def _meet(file: Path, rank: int, world: int, limit: timedelta) -> dist.Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps({"host": host, "port": store.port}).encode())
     else:
-        host, port = _address(file, rank, limit)
-        store = dist.TCPStore(host, port, world, False, limit, wait_for_workers=False)
+        store = _connect(file, rank, world, end, limit)
     store.set(f"here/{rank}", socket.gethostname())
-    store.wait([f"here/{r}" for r in range(world)], limit)
+    left = timedelta(seconds=max(1.0, end - time.monotonic()))
+    try:
+        store.wait([f"here/{r}" for r in range(world)], left)
+    except dist.DistStoreError:
+        absent = [str(r) for r in range(world) if not store.check([f"here/{r}"])]
+        if not absent:
+            return store
+        raise RunError(
+            f"rank {rank} on {socket.gethostname()} waited {limit.total_seconds():.0f} s for "
+            f"rank(s) {', '.join(absent)} of {world}; {CAUSES}"
+        ) from None
     return store
 
 
-def _address(file: Path, rank: int, limit: timedelta) -> tuple[str, int]:
-    """What rank 0 has written, waited for."""
-    end = time.monotonic() + limit.total_seconds()
+def _connect(file: Path, rank: int, world: int, end: float, limit: timedelta) -> dist.TCPStore:
+    """The store of rank 0; the file is read again where nobody answers: it may be an old one."""
+    while True:
+        host, port = _address(file, rank, end, limit)
+        left = max(1.0, min(TRY_S, end - time.monotonic()))
+        try:
+            tried = timedelta(seconds=left)
+            return dist.TCPStore(host, port, world, False, tried, wait_for_workers=False)
+        except (dist.DistStoreError, dist.DistNetworkError):
+            if time.monotonic() > end:
+                raise
+
+
+def _address(file: Path, rank: int, end: float, limit: timedelta) -> tuple[str, int]:
+    """What rank 0 has written, waited for until `end` (of time.monotonic)."""
     while True:
         try:
             said = json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,11 @@
 """The `export` job: from a run, an encoder folder or a checkpoint to a target format."""
 
+import contextlib
 import io
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,46 +19,132 @@ class Export(Config):
     """Export an encoder; its features are compared with the source's before it counts as done."""
 
     run: Path | None = Field(
-        None, description="run folder, encoder folder or released MUSE file (.pth)"
+        None, description="run folder, encoder folder, or released LEMON or MUSE file"
     )
     checkpoint: Path | None = Field(None, description="a checkpoint file of a run, instead of run=")
     network: Literal["recipe", "query", "momentum"] = Field(
         "recipe", description="with checkpoint=: which of the two encoders; recipe = as configured"
     )
-    format: Literal["timm", "muse"] = Field(
+    format: Literal["timm", "hf", "pt2", "onnx", "muse", "lemon", "cellvit"] = Field(
         "timm",
-        description="timm: a folder for timm (of a MUSE network, its encoder); muse: the released "
-        "MUSE files, with the decoder",
+        description="timm: a folder for timm, and bare weights (of a MUSE network, its encoder); "
+        "hf: for transformers' AutoModel; pt2: torch.export; onnx: ONNX Runtime (both with the map "
+        "of a MUSE network); muse, lemon: the released files; cellvit: for CellViT and CellViT++",
     )
-    out: Path = Field(description="folder to write")
+    out: Path | None = Field(None, description="folder to write; it appears when it is finished")
+    check: Path | None = Field(
+        None,
+        description="instead of an export: an exported folder, whose SHA-256 sums are compared and "
+        "whose input/output pair is repeated",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "Export":
+        if self.check is not None:
+            if self.model_fields_set - {"check"}:
+                raise ValueError("check=FOLDER goes alone: it says itself what format it has.")
+            return self
         if (self.run is None) == (self.checkpoint is None):
-            raise ValueError("give exactly one of run=FOLDER and checkpoint=FILE.")
+            raise ValueError(
+                "give exactly one of run=FOLDER and checkpoint=FILE, or check=FOLDER alone."
+            )
+        if self.out is None:
+            raise ValueError("'out' is required: give out=FOLDER.")
         if self.network != "recipe" and self.checkpoint is None:
             raise ValueError("network= goes with checkpoint=FILE: run= holds one encoder only.")
         return self
 
 
 def run(cfg: Export) -> Path:
-    """Write `cfg.out` and print the largest difference to the source."""
+    """Write `cfg.out` and print the largest difference to the source; or check a folder."""
     from lemon_muse import encoder
-    from lemon_muse.export import FORMATS
+    from lemon_muse.export import FORMATS, verify
 
+    if cfg.check is not None:
+        print(verify.check(cfg.check))
+        return cfg.check
+    assert cfg.out is not None
+    _refuse(cfg.out, cfg)
     if cfg.checkpoint is not None:
         source, card = _of_checkpoint(cfg.checkpoint, cfg.network)
     else:
         assert cfg.run is not None
-        source, card = encoder.load(cfg.run), {}
-    apart = FORMATS[cfg.format](source, cfg.out, card)
-    if not apart < 1e-4:
-        raise RunError(f"the exported {cfg.format} encoder differs from its source by {apart:.2g}.")
+        source, card = encoder.load(cfg.run), _sections(cfg.run)
+    with _staged(cfg.out) as folder:
+        apart = FORMATS[cfg.format](source, folder, card)
+        network = cfg.network if cfg.checkpoint is not None else None
+        verify.seal(folder, source, form=cfg.format, apart=apart, network=network)
     print(
         f"{cfg.out}: {cfg.format}, {source.content_hash}, largest difference to "
         f"the source {apart:.1g}"
     )
     return cfg.out
+
+
+def _refuse(out: Path, cfg: Export) -> None:
+    """Refuse a folder in which an export would replace something else.
+
+    Raises:
+        UserError: a file, a run, the source itself, or an export in another format.
+    """
+    from lemon_muse.export import verify
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file; give a folder.")
+    own = {p.resolve() for p in (cfg.run, cfg.run and cfg.run / "encoder") if p}
+    if out.resolve() in own or any((out / name).is_dir() for name in ("encoder", "checkpoints")):
+        raise UserError(f"out={out} is the folder of a run or of its encoder; give another one.")
+    if (out / verify.SEAL).is_file():
+        try:
+            held = verify.manifest_of(out)["format"]
+        except RunError:
+            raise UserError(f"out={out} holds a damaged {verify.SEAL}; remove it.") from None
+        if held != cfg.format:
+            raise UserError(
+                f"out={out} holds an export in format={held}; give another folder for {cfg.format}."
+            )
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` whose files move there once all are written, EXPORT.json last."""
+    from lemon_muse.export import verify
+
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        out.mkdir(exist_ok=True)
+        # Files of an earlier export must not be taken for those of this one while it moves in.
+        if (out / verify.SEAL).is_file():
+            # Only what lies in the folder: names come from a file.
+            held = verify.sums_of(out, without={verify.SEAL})
+            for name in held.keys() & verify.manifest_of(out)["sha256"].keys():
+                (out / name).unlink()
+            (out / verify.SEAL).unlink()
+        for path in sorted(folder.iterdir(), key=lambda p: p.name == verify.SEAL):
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sections(path: Path) -> dict[str, str]:
+    """What the source's model card says beside its facts: recipe, data, scores."""
+    from lemon_muse.export import verify
+
+    for folder in (path, path / "encoder"):
+        file = folder / verify.CARD
+        if (folder / "config.json").is_file() and file.is_file():
+            break
+    else:
+        return {}
+    found: dict[str, str] = {}
+    for part in f"\n{file.read_text(encoding='utf-8')}".split("\n## ")[1:]:
+        title, _, body = part.partition("\n")
+        if title not in (verify.SECTION, "Bare weights"):
+            found[title] = body.strip()
+    return found
 
 
 def _of_checkpoint(path: Path, network: str) -> tuple[Any, dict[str, Any]]:

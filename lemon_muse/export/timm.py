@@ -1,4 +1,8 @@
-"""timm: a folder `timm.create_model("local-dir:…", pretrained=True)` opens, and encoder.pth."""
+"""timm: a folder `timm.create_model("local-dir:…", pretrained=True)` opens, and encoder.pth.
+
+The folder is also what `hf-hub:` finds on the hub once it is uploaded. `encoder.pth` is for the
+consumers that build the network themselves and load a bare dict of tensors, such as kaiko eva.
+"""
 
 import io
 from pathlib import Path
@@ -18,6 +22,7 @@ NOTE = (
     "them. Features equal the network's at the window above; at other sizes timm resamples the "
     "positions with antialiasing, which the network does not."
 )
+BARE = "encoder.pth"
 
 
 def write(encoder: FrozenEncoder, folder: Path, card: dict[str, Any]) -> float:
@@ -25,23 +30,44 @@ def write(encoder: FrozenEncoder, folder: Path, card: dict[str, Any]) -> float:
 
     Of a MUSE network the encoder alone is written.
     """
-    import timm
-
-    if isinstance(encoder, DenseEncoder):
-        part, card = image_encoder(encoder), {"Note": NOTE, **card}
-    else:
-        assert isinstance(encoder, Encoder)
-        part = encoder
-    save_encoder(part, folder, card=card)
+    part, card = crop_encoder(encoder, card)
+    arguments = ", ".join(f"{k}={v!r}" for k, v in part.arguments.items())
+    bare = (
+        f"`{BARE}` holds the same weights as a bare dict of tensors under timm's names, for code "
+        f"that builds the network itself. It does not say the architecture: other heads or another "
+        f"pooling load without a complaint and compute another function. Build it with\n\n"
+        f"```python\ntimm.create_model({part.architecture!r}, num_classes=0, {arguments},\n"
+        f'                  checkpoint_path="{BARE}")\n```'
+    )
+    save_encoder(part, folder, card={"Bare weights": bare, **card})
     state = {k: v.detach().cpu().contiguous() for k, v in part.network.state_dict().items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomic(folder / "encoder.pth", buffer.getvalue())
-    again = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
+    write_atomic(folder / BARE, buffer.getvalue())
     size = part.image_size
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    found = again(folder, {"input": images})["output"]
     with torch.inference_mode():
-        return float((again(images) - encoder.cpu().eval()(images)).abs().max())
+        return float((found - part.cpu().eval()(images)).abs().max())
+
+
+@torch.inference_mode()
+def again(
+    folder: Path, pair: dict[str, torch.Tensor], facts: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """What timm makes of the input of a pair, from the folder alone."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
+    return {"output": model(pair["input"])}
+
+
+def crop_encoder(encoder: FrozenEncoder, card: dict[str, Any]) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of windows and its card: of a MUSE network, its ViT or ResNet and a note."""
+    if isinstance(encoder, DenseEncoder):
+        return image_encoder(encoder), {"Note": NOTE, **card}
+    assert isinstance(encoder, Encoder)
+    return encoder, card
 
 
 def image_encoder(encoder: DenseEncoder) -> Encoder:

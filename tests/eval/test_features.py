@@ -54,4 +54,4 @@ def test_the_cache_is_used_and_a_damaged_one_is_not(
     features_module.cached(path, compute, rows=3)
     assert "damaged" in caplog.text
     assert len(calls) == 4
-    assert [p.name for p in path.parent.iterdir()] == ["a.npy"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["a.json", "a.npy"]

@@ -1,5 +1,7 @@
 """How tables are divided, and metrics of the parts, against plain loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
@@ -104,6 +106,59 @@ def scored(data: Table, folds: list[plans.Fold]) -> list[breakdown.Scored]:
     return out
 
 
+def pairs_in_order(data: Table, parts: list[breakdown.Scored], k: int) -> float:
+    """AUROC of class k from the pairs of each fold alone."""
+    won = count = 0.0
+    for part in parts:
+        positive = data.label[part.rows] == k
+        pairs = positive.sum() * (~positive).sum()
+        if not pairs:
+            continue
+        won += roc_auc_score(positive, part.scores[:, k]) * pairs
+        count += pairs
+    return won / count
+
+
+def test_the_auroc_never_compares_scores_of_two_models() -> None:
+    data = table()
+    parts = []
+    for fold in plans.grouped(data, seed=1):
+        # What the majority floor says: the shares of train, which move against those of test.
+        share = np.bincount(data.label[fold.train], minlength=3) / len(fold.train)
+        parts.append(breakdown.Scored(fold.name, fold.test, np.tile(share, (len(fold.test), 1))))
+    found = breakdown.pooled(data, parts, seed=0)["auroc"]
+    assert found.value == found.low == found.high == 0.5
+    own = scored(data, plans.grouped(data, seed=1))
+    # Any constant added to the scores of one model changes nothing.
+    moved = [breakdown.Scored(p.name, p.rows, p.scores + number) for number, p in enumerate(own)]
+    whole, same = (breakdown.pooled(data, parts, seed=0)["auroc"] for parts in (own, moved))
+    assert whole == same
+
+
+def test_nothing_trains_of_a_patient_that_is_tested() -> None:
+    data = table()
+    folds = plans.random(data)
+    assert plans.shares_patients(data, folds)
+    split = np.where(np.arange(len(data)) % 3, "train", "test")
+    split[data.patient == "p0"] = "train"
+    data = replace(data, split=split)
+    given = plans.official(data)
+    (fold,) = plans.apart(data, given)
+    assert people(data, fold.train) == {"p0"} and np.array_equal(fold.test, given[0].test)
+    honest = plans.grouped(data)
+    for before, after in zip(honest, plans.apart(data, honest), strict=True):
+        assert np.array_equal(before.train, after.train)
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        plans.apart(data, folds)
+
+
+def test_nothing_is_chosen_on_val_where_val_is_scored() -> None:
+    data = table()
+    data = replace(data, split=np.array(["train", "val", "test"])[np.arange(len(data)) % 3])
+    (fold,) = plans.official(data, scored="val")
+    assert np.array_equal(fold.test, data.rows("val")) and not len(fold.val)
+
+
 def test_metrics_of_folds_and_groups_equal_scikit_learn() -> None:
     data = table()
     parts = scored(data, plans.grouped(data))
@@ -123,7 +178,8 @@ def test_metrics_of_folds_and_groups_equal_scikit_learn() -> None:
         found = groups[f"balanced_accuracy/domain={domain}"]
         assert found.value == pytest.approx(balanced_accuracy_score(truth, guess))
         assert found.low < found.value < found.high
-        expected = roc_auc_score(truth, scores[mine], multi_class="ovr")
+        parted = [p.only(data.groups["domain"][p.rows] == domain) for p in parts]
+        expected = np.mean([pairs_in_order(data, parted, k) for k in range(3)])
         assert groups[f"auroc/domain={domain}"].value == pytest.approx(expected)
     whole = breakdown.pooled(data, parts, seed=0)
     truth = data.label[rows]

@@ -1,17 +1,22 @@
 """`submit` without a cluster: the script it writes, how words become tasks, and wrong words."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from launch import slurm, snapshot, stages, states
+from launch import executors, snapshot, stages, states
 from launch.cli import main
 from launch.slurm import Submit
 from lemon_muse.config import validate
 from lemon_muse.errors import UserError
+from tests.slurm.drill import TINY
 
 GOLDEN = Path(__file__).with_name("h100_4x8.sbatch")
 CLUSTER = [
@@ -73,7 +78,7 @@ def test_a_sweep_is_every_combination_with_a_folder_each() -> None:
         ("optim.lr=3e-4", "seed=0", "out=runs/x/lr=3e-4,seed=0"),
         ("optim.lr=3e-4", "seed=1", "out=runs/x/lr=3e-4,seed=1"),
     ]
-    assert slurm.settings_of(tasks[3]).model_dump()["optim"]["lr"] == 3e-4
+    assert stages.settings_of(tasks[3]).model_dump()["optim"]["lr"] == 3e-4
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,14 @@ def test_a_sweep_is_every_combination_with_a_folder_each() -> None:
         (["hours=0.02", "--", *JOB], "leaves no time before the signal"),
         (["tasks=2", "--", "prep", "crops", "data=d", "--", *JOB], "belong to one stage"),
         (["executor=local", "nodes=2", "--", *JOB], "has one node"),
+        (["executor=debug", "ranks=2", "--", *JOB], "has one rank"),
+        (["gpus=1", "ranks=2", "--", *JOB], "a GPU for each rank"),
+        (["sweep.seed=0,1,0", "--", *JOB], "a value twice"),
+        (["extra.signal=USR1", "--", *JOB], "extra.signal cannot be set"),
+        (["extra.cpus-per-task=3", "--", *JOB], "extra.cpus_per_task cannot be set"),
+        (["--", "after=12", *JOB], "after= holds for all stages"),
+        (["--", "dry_run=true", *JOB], "dry_run= holds for all stages"),
+        (["nodes=2", *JOB], "write -- before the job"),
     ],
 )
 def test_wrong_words_are_one_sentence_before_anything_is_submitted(
@@ -138,13 +151,90 @@ def test_local_and_debug_run_the_same_words(
     assert [row["state"] for row in rows] == ["done", "done"]
 
 
-def test_a_local_failure_has_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["prep", "check", f"data={tmp_path / 'nothing'}"]
+def test_a_local_failure_has_its_reason_and_can_be_mended(
+    crop_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "nothing"
+    words = ["prep", "check", f"data={missing}", f"out={tmp_path / 'check'}"]
     out = said(capsys, f"out={tmp_path / 's'}", "executor=local", "--", *words, code=2)
-    assert "failed" in out and str(tmp_path / "nothing") in out
+    assert "failed" in out and str(missing) in out
     (folder,) = (tmp_path / "s").iterdir()
+    assert main(["status", str(folder), "json_lines=true"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["state"] == "failed" and str(missing) in row["reason"]
+    missing.symlink_to(crop_shards)
+    assert "ran 1 task(s)" in said(capsys, f"resubmit={folder}")
     state = states.read(folder, 0)
-    assert state is not None and state.state == "failed"
+    assert state is not None and state.state == "done" and state.starts == 2
+    assert "nothing to submit again" in said(capsys, f"resubmit={folder}")
+
+
+def test_a_local_run_that_is_interrupted_leaves_no_process_and_says_so(
+    crop_shards: Path, tmp_path: Path
+) -> None:
+    words = ["executor=local", f"out={tmp_path / 's'}", "snapshot=false", "--", "train"]
+    words += [f"data={crop_shards}", f"out={tmp_path / 'run'}", *TINY, "steps=100000"]
+    began = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "submit", *words],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 240
+        while not (tmp_path / "run" / "metrics.jsonl").is_file():
+            assert began.poll() is None, began.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        os.killpg(began.pid, signal.SIGINT)
+        assert "interrupted" in began.communicate(timeout=120)[1] and began.returncode == 1
+        with pytest.raises(ProcessLookupError):
+            os.killpg(began.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(began.pid, signal.SIGKILL)
+    (folder,) = (tmp_path / "s").iterdir()
+    (state,) = states.read_all(folder)
+    assert state.state == "failed" and state.reason
+
+
+def test_options_of_sbatch_are_taken_over(capsys: pytest.CaptureFixture[str]) -> None:
+    extra = ["extra.nice=10", "extra.exclusive=true", "extra.requeue=false", "mem_gb=1.5"]
+    out = said(capsys, *extra, "after=7:8", "--dry-run", "--", *JOB, "--", "export", "run=r")
+    first, second = out.split("# export")
+    for line in ("--nice=10", "--exclusive", "--mem=1536MB", "--dependency=afterok:7:8"):
+        assert f"#SBATCH {line}\n" in first
+    assert "requeue" not in first and "--dependency=afterok:JOB_BEFORE" in second
+
+
+def test_a_submission_keeps_the_recipe_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("steps: 7\n")
+    words = snapshot.keep_files(["train", "mine.yaml", "data=d", "out=o"], tmp_path / "kept")
+    mine.write_text("steps: 8\n")
+    assert stages.settings_of(words).model_dump()["steps"] == 7
+    # A recipe that ships is in the copy of the code.
+    shipped = ("train", "demo.yaml", "data=d")
+    assert snapshot.keep_files(shipped, tmp_path / "kept") == shipped
+
+
+def test_a_job_that_submits_does_not_hand_on_its_own_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outer = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "SUBMITIT_EXECUTOR": "slurm"}
+    for name, value in {**outer, "SLURM_CONF": "/c", "SBATCH_ACCOUNT": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    with executors.outside_of_jobs():
+        assert not outer.keys() & os.environ.keys()
+        assert os.environ["SLURM_CONF"] == "/c" and os.environ["SBATCH_ACCOUNT"] == "mine"
+    assert {name: os.environ[name] for name in outer} == outer
+    # Outside of a job they are the user's own.
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with executors.outside_of_jobs():
+        assert os.environ["SLURM_ARRAY_TASK_ID"] == "2"
 
 
 def test_the_snapshot_runs_without_the_checkout(tmp_path: Path) -> None:
@@ -166,10 +256,10 @@ def test_the_snapshot_runs_without_the_checkout(tmp_path: Path) -> None:
 
 
 def test_workers_follow_the_cpus_unless_they_are_given() -> None:
-    assert slurm.with_workers(["train", "demo.yaml", "data=d"], 12)[-1] == "workers=11"
+    assert stages.with_workers(["train", "demo.yaml", "data=d"], 12)[-1] == "workers=11"
     given = ["train", "demo.yaml", "data=d", "workers=3"]
-    assert slurm.with_workers(given, 12) == given
-    assert slurm.with_workers(["export", "run=r"], 12) == ["export", "run=r"]
+    assert stages.with_workers(given, 12) == given
+    assert stages.with_workers(["export", "run=r"], 12) == ["export", "run=r"]
 
 
 def test_every_setting_is_taken_back_from_its_record() -> None:

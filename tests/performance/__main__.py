@@ -18,6 +18,7 @@ BENCHMARKS = (
     "scale",
     "probes",
     "preemption",
+    "embed",
 )
 OUT = Path("bench.json")
 

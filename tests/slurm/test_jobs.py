@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,27 +70,58 @@ def test_a_chain_from_prep_to_export(cluster: Cluster, tissue: Path) -> None:
     assert any(json.loads(row)["metric"] == "balanced_accuracy" for row in rows)
 
 
-def test_a_stage_that_fails_stops_the_chain_and_can_be_submitted_again(
+def test_a_chain_that_has_failed_is_submitted_again_at_once_and_from_anywhere(
     cluster: Cluster, tissue: Path
 ) -> None:
-    out, missing = cluster.folder / "broken", cluster.folder / "not_yet"
+    # Relative words: they are meant from the folder of the first submission.
     sent = cluster.submit(
         [],
-        ["prep", "crops", f"data={missing}", f"out={out / 'crops'}", "workers=0"],
-        ["prep", "check", f"data={out / 'crops'}", f"out={out / 'check'}"],
+        ["prep", "crops", "data=not_yet", "out=broken/crops", "workers=0"],
+        ["prep", "check", "data=broken/crops", "out=broken/check"],
     )
     task = cluster.wait(sent, "failed")
-    assert "there is no folder" in str(task["reason"])
-    end = time.monotonic() + 60
-    while cluster.queued(sent.jobs[1]):
-        assert time.monotonic() < end
-        time.sleep(0.5)
-    said = cluster.call("status", str(sent.folder))
-    assert "lost: cancelled" in said
-    missing.symlink_to(tissue)
-    cluster.call("submit", f"resubmit={sent.folder}")
+    assert "there is no folder not_yet" in str(task["reason"])
+    (cluster.folder / "not_yet").symlink_to(tissue)
+    # The second job may still wait for the first; it must not be left to be cancelled.
+    before = sent.jobs
+    elsewhere = replace(cluster, folder=cluster.folder / "sub")
+    elsewhere.call("submit", f"resubmit={sent.folder.relative_to(elsewhere.folder)}")
+    assert not set(before) & set(sent.jobs)
     for number in range(2):
         cluster.wait(sent, "done", number=number)
+    assert not cluster.queued(before[1])
+
+
+def test_a_chain_of_which_a_stage_is_refused_leaves_nothing_behind(
+    cluster: Cluster, tissue: Path
+) -> None:
+    first = ["prep", "crops", f"data={tissue}", "out=refused", "workers=0"]
+    second = ["partition=none", "prep", "check", "data=refused"]
+    words = ["submit", "out=refusals", "name=chain", "--", *first, "--", *second]
+    assert "invalid partition" in cluster.call(*words, code=2).lower()
+    end = time.monotonic() + 60
+    while cluster.slurm("squeue", "-h", "--name=chain"):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    said = cluster.call("status", "refusals")
+    assert "pending" not in said and "given up" in said
+    cluster.call("submit", "out=refused_too", "partition=none", "--", *first, code=2)
+    assert not list((cluster.folder / "refused_too").iterdir())
+
+
+def test_a_rank_that_fails_or_does_not_come_is_the_reason(cluster: Cluster, crops: Path) -> None:
+    """Of two jobs on the same nodes at once; rank 1 sees no data, or hangs before it comes."""
+    sent = []
+    for name, line in (("blind", "cd /"), ("absent", "exec sleep 300")):
+        script = cluster.folder / f"{name} python.sh"
+        script.write_text(f'[ $SLURM_PROCID = 1 ] && {line}\nexec {cluster.python} "$@"\n')
+        python = f"python=bash {shlex.quote(str(script))}"
+        data = Path(os.path.relpath(crops, cluster.folder))
+        words = cluster.train(data, cluster.folder / name)
+        sent.append(cluster.submit(["nodes=2", "meet_s=15", python], words))
+    blind, absent = (str(cluster.wait(one, "failed", seconds=150)["reason"]) for one in sent)
+    assert blind.startswith("rank 1 on") and "has no index.json" in blind
+    assert absent.startswith("rank 0 on") and "waited 15 s for rank(s) 1 of 2" in absent
 
 
 def test_a_sweep_runs_two_at_a_time_and_repeats_only_what_failed(
