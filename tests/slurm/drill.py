@@ -51,10 +51,6 @@ class Sent:
     def logs(self) -> str:
         return "\n".join(p.read_text() for p in sorted((self.folder / "logs").glob("*.err")))
 
-    @property
-    def printed(self) -> str:
-        return "\n".join(p.read_text() for p in sorted((self.folder / "logs").glob("*.out")))
-
 
 @dataclass(frozen=True)
 class Cluster:

@@ -62,7 +62,7 @@ def test_a_time_limit_puts_the_job_back(cluster: Cluster, crops: Path) -> None:
     words = cluster.train(crops, out, "steps=100000", "save_every=100000")
     sent = cluster.submit(["nodes=2", "hours=0.034", "signal_s=60"], words)
     end = time.monotonic() + 200
-    while "continuing" not in sent.printed:
+    while "continuing" not in sent.logs:
         assert time.monotonic() < end, sent.logs[-2000:]
         time.sleep(0.5)
     assert int(str(sent.task()["starts"])) >= 2
