@@ -73,7 +73,7 @@ def preemptions() -> list[dict[str, Any]]:
     env = {**os.environ, "SLURM_CI_PORT": "38810"}
     subprocess.run(["bash", SCRIPTS / "up.sh", STATE], check=True, env=env, capture_output=True)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             given = {**os.environ, "SLURM_CONF": str(STATE / "etc" / "slurm.conf")}
             given |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(SCRIPTS.parents[1])}
             given |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
