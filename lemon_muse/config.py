@@ -38,6 +38,14 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"^(?:[-+]?0b[0-1_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)"
+    r"|[-+]?0x[0-9a-fA-F_]+)$",
+    "tag:yaml.org,2002:float": r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+][0-9]+)?"
+    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are booleans: PyYAML would read on, off, yes and no so."""
 
@@ -45,6 +53,14 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 takes 7:08 for a number to the base of 60: here it is text, as in after=7:8.
+_Loader.yaml_implicit_resolvers = {
+    letter: [
+        (tag, pattern if tag not in NUMBERS else re.compile(NUMBERS[tag], re.X))
+        for tag, pattern in rules
+    ]
+    for letter, rules in _Loader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")

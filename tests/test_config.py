@@ -143,3 +143,11 @@ def test_every_field_says_what_it_is() -> None:
         return bare
 
     assert not [name for model in all_models() for name in walk(model, f"{model.__name__}.")]
+
+
+def test_colons_are_no_numbers_to_the_base_of_sixty() -> None:
+    from lemon_muse.config import _read_value
+
+    given = ["7:8", "12:30.5", "10", "-3", "0x10", "1.5", "1.0e-3", "true", "null", "1_000"]
+    found = [_read_value("key", text) for text in given]
+    assert found == ["7:8", "12:30.5", 10, -3, 16, 1.5, 1e-3, True, None, 1000]

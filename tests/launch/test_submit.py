@@ -35,6 +35,7 @@ CLUSTER = [
     'setup=["module load cuda/12.8","export NCCL_SOCKET_IFNAME=ib0"]',
     "extra.mail-type=END,FAIL",
 ]
+EXPORT = ["export", "run=r", "out=o"]
 JOB = ["train", "lemon_vits8.yaml", "data=/shared/crops", "out=/shared/runs/lemon"]
 
 
@@ -216,7 +217,7 @@ def test_a_local_run_that_is_interrupted_leaves_no_process_and_says_so(
 
 def test_options_of_sbatch_are_taken_over(capsys: pytest.CaptureFixture[str]) -> None:
     extra = ["extra.nice=10", "extra.exclusive=true", "extra.requeue=false", "mem_gb=1.5"]
-    out = said(capsys, *extra, "after=7:8", "--dry-run", "--", *JOB, "--", "export", "run=r")
+    out = said(capsys, *extra, "after=7:8", "--dry-run", "--", *JOB, "--", *EXPORT)
     first, second = out.split("# export")
     for line in ("--nice=10", "--exclusive", "--mem=1536MB", "--dependency=afterok:7:8"):
         assert f"#SBATCH {line}\n" in first
