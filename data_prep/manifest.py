@@ -30,6 +30,17 @@ ENDS_BYTES = 2**20
 SAVE_EVERY = 30.0  # seconds between the notes that a killed job goes on from
 
 
+def one_group(pattern: str) -> str:
+    """The pattern, if it is a regular expression with exactly one group; ValueError otherwise."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    if groups != 1:
+        raise ValueError(f"it needs exactly one group in parentheses, not {groups}")
+    return pattern
+
+
 class Manifest(Config):
     """A table of slides: `lemon-muse prep manifest data=FOLDER_OR_CSV[,…] out=M.csv`."""
 
@@ -49,16 +60,7 @@ class Manifest(Config):
     organ: str = Field("", description="organ of all slides for which no table gives one")
     workers: int = Field(2, ge=0, description="processes that open slides; 0: this one")
 
-    @field_validator("patient")
-    @classmethod
-    def _one_group(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        if groups != 1:
-            raise ValueError(f"it needs exactly one group in parentheses, not {groups}")
-        return value
+    _one_group = field_validator("patient")(one_group)
 
 
 def run(cfg: Manifest) -> Path:

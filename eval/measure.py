@@ -258,7 +258,6 @@ def together(params: list[results.Params]) -> results.Params:
     """What the folds have chosen: one value where they agree, else all of them in words."""
     out: results.Params = {}
     for name in dict.fromkeys(name for part in params for name in part):
-        values = list(dict.fromkeys(part.get(name, "") for part in params))
         every = [part.get(name, "") for part in params]
-        out[name] = values[0] if len(values) == 1 else ", ".join(map(str, every))
+        out[name] = every[0] if len(set(every)) == 1 else ", ".join(map(str, every))
     return out

@@ -43,9 +43,7 @@ def official(table: Table, *, scored: str = "test") -> list[Fold]:
     return [Fold(scored, train, val, test)]
 
 
-def grouped(
-    table: Table, *, by: str = "patient", folds: int = FOLDS, seed: int = 0, stratify: bool = True
-) -> list[Fold]:
+def grouped(table: Table, *, by: str = "patient", folds: int = FOLDS, seed: int = 0) -> list[Fold]:
     """Folds that share no value of a column, classes spread evenly; each row is tested once.
 
     Raises:
@@ -54,9 +52,7 @@ def grouped(
     groups = column(table, by)
     if len(np.unique(groups)) < 2:
         raise UserError(f"every nucleus has the same {by}: there is nothing to hold out.")
-    count = min(folds, len(np.unique(groups)))
-    labels = table.label if stratify else np.zeros(len(table), np.int64)
-    pairs = group_folds(labels, groups, folds=count, seed=seed)
+    pairs = group_folds(table.label, groups, folds=folds, seed=seed)
     none = np.empty(0, np.int64)
     return [Fold(f"{i + 1} of {len(pairs)}", a, none, b) for i, (a, b) in enumerate(pairs)]
 
@@ -121,9 +117,7 @@ def cross(table: Table, by: str, *, seed: int = 0) -> list[Fold]:
     return folds
 
 
-def random(
-    table: Table, *, folds: int = FOLDS, seed: int = 0, labels: np.ndarray | None = None
-) -> list[Fold]:
+def random(table: Table, *, folds: int = FOLDS, seed: int = 0) -> list[Fold]:
     """Stratified folds of single nuclei: a patient stands on both sides. For protocol=paper."""
     from sklearn.model_selection import KFold, StratifiedKFold
 
@@ -132,8 +126,7 @@ def random(
     none = np.empty(0, np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        wanted = table.label if labels is None else labels
-        pairs = list(splitter.split(np.zeros(len(table)), wanted))
+        pairs = list(splitter.split(np.zeros(len(table)), table.label))
     return [Fold(f"{i + 1} of {folds}", a, none, b) for i, (a, b) in enumerate(pairs)]
 
 

@@ -54,13 +54,15 @@ class FrozenEncoder(nn.Module, ABC):
     def layout(self) -> dict[str, Any]:
         """What `config.json` holds beside our facts."""
 
-    @abstractmethod
     def check_input(self) -> dict[str, torch.Tensor]:
         """A fixed input, named tensors on the CPU."""
+        generator = torch.Generator().manual_seed(0)
+        size = (2, 3, self.image_size, self.image_size)
+        return {"input": torch.randn(size, generator=generator)}
 
-    @abstractmethod
     def check_output(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the encoder makes of a check input, named tensors."""
+        return {"output": self(given["input"])}
 
     @abstractmethod
     def describe(self) -> list[str]:

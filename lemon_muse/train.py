@@ -84,8 +84,7 @@ class Loop:
         self.unit = f"{method.reads}_per_s"
         # Here, before the run folder is made: a wrong init= must leave nothing behind.
         self.found = checkpoint.load_newest(cfg.out / "checkpoints")
-        start = getattr(cfg, "init", None)
-        if self.found is None and start is not None:
+        if self.found is None and (start := getattr(cfg, "init", None)) is not None:
             self.method.start_from(start)  # type: ignore[operator]
 
     def resume(self) -> None:

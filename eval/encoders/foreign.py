@@ -103,14 +103,6 @@ class ForeignEncoder(FrozenEncoder):
     def layout(self) -> dict[str, Any]:
         return {}
 
-    def check_input(self) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        size = (2, 3, self.image_size, self.image_size)
-        return {"input": torch.randn(size, generator=generator)}
-
-    def check_output(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"output": self(given["input"])}
-
     def describe(self) -> list[str]:
         return [
             f"- input: RGB window of {self.image_size} × {self.image_size} px at {self.mpp} µm/px; "

@@ -1,14 +1,13 @@
 """`lemon-muse embed`: the nuclei of slides through a frozen encoder, into one table of features."""
 
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from data_prep.manifest import TCGA
+from data_prep.manifest import TCGA, one_group
 from lemon_muse.config import Config
 from lemon_muse.errors import RunError, UserError
 
@@ -87,16 +86,7 @@ class Embed(Config):
             raise ValueError(f"it must end in {', '.join(KINDS)}")
         return value
 
-    @field_validator("patient")
-    @classmethod
-    def _one_group(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        if groups != 1:
-            raise ValueError(f"it needs exactly one group in parentheses, not {groups}")
-        return value
+    _one_group = field_validator("patient")(one_group)
 
 
 def run(cfg: Embed) -> Path:

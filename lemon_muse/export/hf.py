@@ -13,7 +13,7 @@ from lemon_muse.data.files import write_atomic
 from lemon_muse.encoder import save_encoder
 from lemon_muse.export import optional
 from lemon_muse.export.program import card_of
-from lemon_muse.export.timm import crop_encoder
+from lemon_muse.export.timm import apart, crop_encoder
 from lemon_muse.frozen import FrozenEncoder
 
 USE = """```python
@@ -49,11 +49,7 @@ def write(encoder: FrozenEncoder, folder: Path, card: dict[str, Any]) -> float:
     write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
     text = card_of(part, library="transformers", use=USE, card=card)
     write_atomic(folder / "README.md", text.encode())
-    size = part.image_size
-    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
-    found = again(folder, {"input": images})["output"]
-    with torch.inference_mode():
-        return float((found - part.cpu().eval()(images)).abs().max())
+    return apart(part, lambda pair: again(folder, pair))
 
 
 @torch.inference_mode()

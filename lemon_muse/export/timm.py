@@ -5,6 +5,7 @@ consumers that build the network themselves and load a bare dict of tensors, suc
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,18 @@ def write(encoder: FrozenEncoder, folder: Path, card: dict[str, Any]) -> float:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(folder / BARE, buffer.getvalue())
-    size = part.image_size
+    return apart(part, lambda pair: again(folder, pair))
+
+
+def apart(
+    encoder: Encoder, again: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> float:
+    """Largest difference between an encoder and what reads its export, on eight windows."""
+    size = encoder.image_size
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
-    found = again(folder, {"input": images})["output"]
+    found = again({"input": images})["output"]
     with torch.inference_mode():
-        return float((found - part.cpu().eval()(images)).abs().max())
+        return float((found - encoder.cpu().eval()(images)).abs().max())
 
 
 @torch.inference_mode()
