@@ -94,9 +94,7 @@ class BrcaM2C:
                 f"{len(wrong)} images do not have the size that their names give at {MPP} mpp, "
                 f"the first is {wrong[0]}.png."
             )
-        shared = table.patients_across()
-        if shared:
-            said.append(f"{len(shared)} patients are in more than one split: {', '.join(shared)}.")
+        said += table.split_leaks()
         if request.slides is not None and (lack := lacking(_fields(table, request.slides), table)):
             said.append(lack)
         return said

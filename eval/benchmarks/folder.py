@@ -59,7 +59,4 @@ class Folder:
             lacking = [name for name, n in zip(table.classes, counts, strict=True) if not n]
             if lacking:
                 said.append(f"{split} has no {', no '.join(lacking)}.")
-        shared = table.patients_across()
-        if shared:
-            said.append(f"{len(shared)} patients are in more than one split: {', '.join(shared)}.")
-        return said
+        return said + table.split_leaks()

@@ -85,6 +85,13 @@ class Table:
             found.setdefault(patient, set()).add(split)
         return sorted(patient for patient, splits in found.items() if len(splits) > 1)
 
+    def split_leaks(self) -> list[str]:
+        """One sentence where patients are in more than one split, else none."""
+        shared = self.patients_across()
+        if not shared:
+            return []
+        return [f"{len(shared)} patients are in more than one split: {', '.join(shared)}."]
+
     @cached_property
     def image_code(self) -> np.ndarray:
         """int64 [n], the same number for nuclei of the same image."""

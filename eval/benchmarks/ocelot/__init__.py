@@ -44,7 +44,7 @@ class Ocelot:
         task_of(self, request)
         pairs = read_pairs(Path(root))
         table, outside = _table(pairs, request.image_mpp)
-        for sentence in [*_absent(pairs), *_outside(outside), *_shared(table)]:
+        for sentence in [*_absent(pairs), *_outside(outside), *table.split_leaks()]:
             log.warning("%s", sentence)
         if request.slides is None:
             return table
@@ -77,7 +77,7 @@ class Ocelot:
             count = sum(1 for p in pairs if p.split == split and p.image and p.labels)
             if count != wanted:
                 said.append(f"{split} has {count} pairs; published are {wanted}.")
-        said += [*_absent(pairs), *_outside(outside), *_shared(table), *_unlisted(root, pairs)]
+        said += [*_absent(pairs), *_outside(outside), *table.split_leaks(), *_unlisted(root, pairs)]
         if odd := [p.name for p in pairs if not _agrees(p)]:
             said.append(
                 f"{len(odd)} pairs have an mpp that does not follow from their rectangle in the "
@@ -199,13 +199,6 @@ def _outside(outside: dict[str, int]) -> list[str]:
         f"{sum(outside.values())} labels of {len(outside)} pairs lie outside their image and are "
         f"left out, the first pair is {next(iter(outside))}."
     ]
-
-
-def _shared(table: Table) -> list[str]:
-    shared = table.patients_across()
-    if not shared:
-        return []
-    return [f"{len(shared)} patients are in more than one split: {', '.join(shared)}."]
 
 
 def _unlisted(root: Path, pairs: list[Pair]) -> list[str]:

@@ -88,9 +88,8 @@ def _table(columns: dict[str, list[np.ndarray]]) -> Table:
     )
     if not len(table):
         raise UserError("the data set holds no nucleus: every label file is empty.")
-    shared = table.patients_across()
-    if shared:
-        log.warning("%d patients are in more than one split: %s", len(shared), ", ".join(shared))
+    for sentence in table.split_leaks():
+        log.warning("%s", sentence)
     return table
 
 

@@ -58,9 +58,8 @@ def read(root: Path, *, classes: tuple[str, ...] | None = None) -> Table:
     )
     if not len(table):
         raise UserError(f"{root} holds no nucleus: every nuclei file is empty.")
-    shared = table.patients_across()
-    if shared:
-        log.warning("%d patients are in more than one split: %s", len(shared), ", ".join(shared))
+    for sentence in table.split_leaks():
+        log.warning("%s", sentence)
     return table
 
 
