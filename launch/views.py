@@ -18,8 +18,9 @@ from lemon_muse.data.files import write_atomic
 from lemon_muse.draw import ShownCrop, crop_picture
 from lemon_muse.draw_rois import ShownView, roi_picture, shared_nuclei
 from lemon_muse.errors import UserError
-from lemon_muse.methods import METHODS, moco_v3
+from lemon_muse.methods import METHODS
 from lemon_muse.methods.contract import Setting
+from lemon_muse.methods.crop_views import CropViews
 from lemon_muse.recipe import LemonTrain, Train
 from lemon_muse.recipe_muse import MuseTrain
 
@@ -81,7 +82,13 @@ def run(cfg: LemonViews | MuseViews) -> Path:
     setting = cfg.setting(index)
     count = min(cfg.count, cfg.batch)
     rows = np.arange(count) * cfg.batch // count
-    batches = steps.open_batches(cfg, index, METHODS[cfg.method.name][1].reads, rows=rows)
+    batches = steps.open_batches(
+        cfg,
+        index,
+        METHODS[cfg.method.name][1].reads,
+        slides=not isinstance(cfg, MuseViews) and CropViews(setting).wants_slides,
+        rows=rows,
+    )
     batch = batches.batch_at(cfg.step)
     names = batches.reader.describe(batch["samples"])
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -200,9 +207,10 @@ def _draw_crops(
     cfg: LemonViews, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
 ) -> tuple[dict[str, Any], str]:
     """One picture of all crops; what `views.json` and the line say."""
-    found = _with_views(cfg, batch, rows, lambda n, g: moco_v3.draw_views(setting, n, g))
+    views_of = CropViews(setting)
+    found = _with_views(cfg, batch, rows, views_of.draw)
     with _autocast(cfg, found["pixels"].device):
-        views = [_colours(made, setting) for made in moco_v3.make_views(setting, found)]
+        views = [_colours(made, setting) for made in views_of.make(found)]
     corners = [_corners(row["theta"], setting.stored) for row in found["views"]]
     crops, facts = [], []
     for i, row in enumerate(rows.tolist()):

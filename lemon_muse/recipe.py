@@ -4,6 +4,7 @@ What every method shares is in `Train`; `LemonTrain` is LEMON's recipe and the d
 `recipe_muse.MuseTrain` is MUSE's. `method.name` decides which of them a run's words make.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lemon_muse import distributed
 from lemon_muse.backbones import Backbone
 from lemon_muse.config import Config
 from lemon_muse.data.augment import ViewConfig, stored_size
+from lemon_muse.data.compose import Subset, select
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.errors import UserError
 from lemon_muse.methods.contract import MethodConfig, Setting
@@ -68,6 +70,7 @@ class Train(Config):
     shuffle_blocks: int = Field(
         64, gt=0, description="blocks (or ROIs) of the shards that are shuffled together"
     )
+    subset: Subset = Field(Subset(), description="part of the shards")
     method: MethodConfig = Field(description="the method")
     backbone: Config = Field(description="the network")
     view: Config = Field(description="augmentation")
@@ -87,10 +90,11 @@ class Train(Config):
         if cls is not Train:
             return cls
         method = tree.get("method")
-        if isinstance(method, dict) and method.get("name") == "muse":
-            from lemon_muse.recipe_muse import MuseTrain
-
-            return MuseTrain
+        name = method.get("name") if isinstance(method, dict) else None
+        if name in VARIANTS:
+            module, settings = VARIANTS[name]
+            found: type[Train] = getattr(importlib.import_module(module), settings)
+            return found
         return LemonTrain
 
     @model_validator(mode="after")
@@ -112,8 +116,9 @@ class Train(Config):
         world = distributed.world()
         samples, what = self.samples(index)
         if samples < self.batch:
+            where = self.data if self.subset.whole else f"the subset of {self.data}"
             raise UserError(
-                f"{self.data} holds {samples} {what}, fewer than batch={self.batch}; "
+                f"{where} holds {samples} {what}, fewer than batch={self.batch}; "
                 f"set batch={2 ** max(1, samples.bit_length() - 1)} or smaller, or prepare more "
                 f"data."
             )
@@ -129,14 +134,16 @@ class Train(Config):
 
     def samples(self, index: Index) -> tuple[int, str]:
         """What a batch is made of: how many there are, and what they are called."""
-        return index.count, "nuclei"
+        chosen = select(index, self.subset)
+        return index.count if chosen is None else chosen.total, "nuclei"
 
     def setting(self, index: Index) -> Setting:
         """What the method is told, from the settings and the shards."""
         mean, std = _three(index.header["mean"]), _three(index.header["std"])
         if self.normalise != "shards":
             mean, std = NORMS[self.normalise]
-        return self.told({"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std})
+        facts = {"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std}
+        return self.told({**facts, "slides": index.slides})
 
     def setting_again(self, facts: dict[str, Any]) -> Setting:
         """The setting of a run, from its settings and `shard_facts`."""
@@ -204,6 +211,13 @@ class LemonTrain(Train):
     def window_px(self) -> int:
         return self.window
 
+
+# Settings of the methods that do not take LEMON's: late imports, because they derive from `Train`.
+VARIANTS = {
+    "dinov2": ("lemon_muse.recipe_dinov2", "Dinov2Train"),
+    "muse": ("lemon_muse.recipe_muse", "MuseTrain"),
+    "joint": ("lemon_muse.recipe_joint", "JointTrain"),
+}
 
 # What may change when a run is continued: nothing that has a part in the result.
 FREE = (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lemon_muse.data.compose import select
 from lemon_muse.data.reader import Batches, CropBatches
 from lemon_muse.data.rois import RoiBatches
 from lemon_muse.data.shards import Index
@@ -24,6 +25,7 @@ def open_batches(
     index: Index,
     reads: str,
     *,
+    slides: bool = False,
     rank: int = 0,
     world: int = 1,
     rows: np.ndarray | None = None,
@@ -34,6 +36,7 @@ def open_batches(
         cfg: its settings.
         index: of its shards.
         reads: what the method reads, 'crops' or 'rois'.
+        slides: whether batches of crops hold the number of each sample's slide.
         rank: which part.
         world: how many parts.
         rows: int64, ascending; read these rows of the global batch instead of a rank's part.
@@ -47,7 +50,9 @@ def open_batches(
         rank=rank,
         world=world,
         workers=cfg.workers,
+        chosen=select(index, cfg.subset, reads="rois" if reads == "rois" else "crops"),
     )
+    batches.with_slides = slides
     if rows is not None:
         batches.part = rows
     return batches

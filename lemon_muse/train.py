@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lemon_muse import checkpoint, collapse, distributed, flops, optim, rundir, steps
 from lemon_muse.backbones.vit import use_plain_attention
+from lemon_muse.data import compose
 from lemon_muse.data.order import part
 from lemon_muse.data.shards import Index
 from lemon_muse.encoder import save_encoder
@@ -75,7 +76,12 @@ class Loop:
         self.method: Method = synced.to(memory_format=torch.channels_last)  # type: ignore[assignment, call-overload]
         self.optimiser = optim.build(self.method.param_groups(), cfg.optim)
         self.batches = steps.open_batches(
-            cfg, index, method.reads, rank=distributed.rank(), world=distributed.world()
+            cfg,
+            index,
+            method.reads,
+            slides=method.wants_slides,
+            rank=distributed.rank(),
+            world=distributed.world(),
         )
         self.dtype = steps.precision(cfg)
         if device.type == "cpu" and self.dtype == torch.bfloat16:
@@ -122,7 +128,7 @@ class Loop:
         """Steps from `self.step` to the end."""
         cfg = self.cfg
         self.monitor.say(
-            f"{self.index.count} nuclei in {len(self.index.blocks)} blocks; {cfg.steps} steps of "
+            f"{compose.describe(self.index, self.batches.order.chosen)}; {cfg.steps} steps of "
             f"{cfg.batch} on {distributed.world()} × {self.device.type}; chance-level loss "
             f"{self.method.chance():.3f}"
         )
@@ -290,8 +296,9 @@ class Loop:
             encoder.name = self.cfg.name
             about = {
                 "Recipe": self.cfg.model_dump(mode="json"),
-                "Data": f"{self.index.count} nuclei of {len(self.index.header['slides'])} slides, "
-                f"{self.cfg.steps} steps of {self.cfg.batch} {self.method.reads}.",
+                "Data": f"{compose.describe(self.index, self.batches.order.chosen)}, from shards "
+                f"of {len(self.index.header['slides'])} slides; {self.cfg.steps} steps of "
+                f"{self.cfg.batch} {self.method.reads}.",
                 "Code": f"lemon_muse {rundir.__version__}, git {rundir.git_state()}",
                 **card,
             }

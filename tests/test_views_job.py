@@ -199,7 +199,7 @@ def test_crops_are_those_of_the_step(crop_shards: Path, tmp_path: Path) -> None:
     found = drawn(tmp_path / "a", [*words, "step=5"])  # 20 nuclei are more than the batch has
     loop, parts = step_of(words, tmp_path / "run", 5)
     with torch.autocast("cpu", torch.bfloat16):
-        made = loop.method._views(parts[0])  # type: ignore[operator]
+        made = loop.method.views.make(parts[0])  # type: ignore[operator]
     samples = loop.batches.batch_at(5)["samples"]
     assert [crop["nucleus"] for crop in found["crops"]] == samples.tolist()
     picture = np.asarray(Image.open(tmp_path / "a" / found["picture"]))

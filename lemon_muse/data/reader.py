@@ -17,6 +17,7 @@ import numpy as np
 from lemon_muse.data import geometry
 from lemon_muse.data.codec import decode, decode_image
 from lemon_muse.data.order import Order, part
+from lemon_muse.data.selection import Selection
 from lemon_muse.data.shards import Index
 from lemon_muse.errors import RunError
 
@@ -31,6 +32,8 @@ class BlockReader:
         self._files: dict[int, int] = {}
         self._spare: list[np.ndarray] = []
         self._checked = np.zeros(len(index.blocks), bool)
+        self._slides: dict[int, np.ndarray] = {}
+        self._names = np.array(list(index.slides))
 
     def pixels(self, block: int) -> np.ndarray:
         """Pixels of a block, uint8 [N, S, S, 3].
@@ -60,6 +63,13 @@ class BlockReader:
                 return dict(members)
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"the metadata of block {block} is not readable ({error}).") from None
+
+    def slides(self, block: int) -> np.ndarray:
+        """Numbers of the slides of a block's nuclei (places in `Index.slides`), int32 [N]."""
+        if block not in self._slides:
+            names = self.columns(block)["slide"]
+            self._slides[block] = np.searchsorted(self._names, names).astype(np.int32)
+        return self._slides[block]
 
     def describe(self, samples: np.ndarray) -> list[str]:
         """'slide (x, y)' of the samples of a batch: for messages."""
@@ -170,9 +180,11 @@ class Batches:
         window: blocks (or ROIs) shuffled together.
         rank, world: which part.
         workers: reading threads; 0 reads when asked.
+        chosen: which samples of the set a pass has; None: all.
     """
 
     part: slice | np.ndarray  # which rows of the global batch; an array of them is ascending
+    with_slides = False  # whether batches of crops hold `slide`
 
     def __init__(
         self,
@@ -184,10 +196,11 @@ class Batches:
         rank: int,
         world: int,
         workers: int,
+        chosen: Selection | None = None,
     ) -> None:
         self.index, self.workers = index, workers
         self.reader = open_reader(index)
-        self.order = Order(self.sizes(index), seed, batch, window)
+        self.order = Order(self.sizes(index), seed, batch, window, chosen)
         self.part = part(batch, rank, world)
 
     def sizes(self, index: Index) -> np.ndarray:
@@ -222,7 +235,7 @@ class Batches:
 class CropBatches(Batches):
     """Batches of crops, as `Batches`. Memory per rank: about window / world blocks."""
 
-    def __init__(self, index: Index, **settings: int) -> None:
+    def __init__(self, index: Index, **settings: Any) -> None:
         super().__init__(index, **settings)
         self._blocks: dict[int, Future[np.ndarray] | np.ndarray] = {}
 
@@ -230,18 +243,24 @@ class CropBatches(Batches):
         return np.asarray(index.blocks["count"])
 
     def batch_at(self, step: int, pool: ThreadPoolExecutor | None = None) -> dict[str, Any]:
-        """{'pixels': uint8 [b, S, S, 3], 'samples': int64 [b]} of this rank at a step."""
+        """{'pixels': uint8 [b, S, S, 3], 'samples': int64 [b]} of this rank at a step; with
+        `with_slides` also 'slide', int64 [b]."""
         block, row = self.order.batch_at(step)
         block, row = block[self.part], row[self.part]
         needed, first, count = np.unique(block, return_index=True, return_counts=True)
         blocks = self._fetch(needed, pool)
         size = self.index.size
         pixels = np.empty((len(block), size, size, 3), np.uint8)
+        out = {"pixels": pixels, "samples": self.index.starts[block] + row}
+        if self.with_slides:
+            out["slide"] = np.empty(len(block), np.int64)
         for b, start, n in zip(needed, first, count, strict=True):
             here = slice(start, start + n)
             # mode="clip": with the default, numpy goes through a buffer of its own.
             np.take(blocks[int(b)], row[here], axis=0, out=pixels[here], mode="clip")
-        return {"pixels": pixels, "samples": self.index.starts[block] + row}
+            if self.with_slides:
+                out["slide"][here] = self.reader.slides(int(b))[row[here]]
+        return out
 
     def _fetch(self, needed: np.ndarray, pool: ThreadPoolExecutor | None) -> dict[int, np.ndarray]:
         """The needed blocks; those of the step before that are no longer needed are let go."""

@@ -97,6 +97,11 @@ class Index:
     def encoding(self) -> str:
         return str(self.header["encoding"])
 
+    @property
+    def slides(self) -> dict[str, dict[str, Any]]:
+        """What is known of each slide, by name, sorted: a slide's place here is its number."""
+        return dict(sorted(self.header["slides"].items()))
+
     def shard(self, number: int) -> Path:
         return self.folder / str(self.header["shards"][number]["name"])
 

@@ -22,7 +22,8 @@ class Setting:
 
     `batch` is the global batch of one forward pass (all ranks, one accumulation part); `stored` is
     the side of a crop (or ROI) in the shards, `window` the side of what the network sees, in px at
-    `mpp`. `view` and `backbone` are settings of the kinds that the method takes.
+    `mpp`. `view` and `backbone` are settings of the kinds that the method takes. `slides` is what
+    the index says of each slide, by sorted name; None where a run is opened without its shards.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class Setting:
     seed: int
     view: Any
     backbone: Any
+    slides: dict[str, dict[str, Any]] | None = None
 
 
 class Method(nn.Module, ABC):
@@ -46,6 +48,11 @@ class Method(nn.Module, ABC):
     """
 
     reads: Literal["crops", "rois"] = "crops"
+
+    @property
+    def wants_slides(self) -> bool:
+        """Whether batches of crops must hold `slide`, int64 [b]: places in `Setting.slides`."""
+        return False
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:

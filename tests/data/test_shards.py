@@ -184,3 +184,16 @@ def test_damage_is_found(tmp_path: Path) -> None:
 def test_sheets_need_whole_jpeg_blocks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiple of 16"):
         ShardWriter(tmp_path, size=60, mpp=0.25, encoding="jpeg")
+
+
+def test_batches_name_the_slide_of_each_sample(crop_shards: Path) -> None:
+    index = shards.open_index(crop_shards)
+    batches = CropBatches(index, seed=3, batch=24, window=4, rank=1, world=2, workers=0)
+    assert "slide" not in batches.batch_at(0)
+    batches.with_slides = True
+    names = list(index.slides)
+    assert names == sorted(names) and len(names) > 1
+    batch = batches.batch_at(2)
+    for sample, number in zip(batch["samples"], batch["slide"], strict=True):
+        block, row = index.locate(np.array([sample]))
+        assert batches.reader.columns(int(block[0]))["slide"][row[0]] == names[number]

@@ -84,7 +84,7 @@ def test_the_loss_is_the_symmetric_sum() -> None:
     method.train()
     twin = copy.deepcopy(method)
     loss = float(method(batch, 0)["loss"].detach())
-    x1, x2 = twin._views(batch)
+    x1, x2 = twin.views.make(batch)
     with torch.no_grad():
         features = [twin.base["backbone"](x) for x in (x1, x2)]
         q1, q2 = (twin.predictor(twin.base["projector"](f)).numpy() for f in features)
