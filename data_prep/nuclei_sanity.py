@@ -13,10 +13,11 @@ from data_prep.detector import hematoxylin, tissue_mask
 from data_prep.nuclei_formats.record import Nuclei
 from lemon_muse.data.slides import Slide
 
+THUMBNAIL = 512  # longer side of the picture on which tissue is found, px
 SAMPLE = 500  # points looked at
 TRIAL = 250  # points looked at for each other reading of the coordinates
 SIDE = 4.0  # µm, side of the square over which the density is taken
-MPP = 1.0  # µm per pixel at which it is read
+MPP = 1.0  # it is read from the coarsest level that is as fine, µm per pixel
 GOOD = 0.65  # share of darker points from which on nothing is tried
 GAIN = 0.1  # by which another reading must be better to be named
 SCALES = (0.25, 0.5, 2.0, 4.0)
@@ -46,21 +47,25 @@ def check(slide: Slide, found: Nuclei, *, seed: int = 0) -> Sanity:
         found: nuclei as they were read, also those outside the slide.
         seed: of the points and of the random places.
     """
-    mask = tissue_mask(slide.thumbnail(1024))
+    mask = tissue_mask(slide.thumbnail(THUMBNAIL))
     if not len(found) or not mask.any():
         return Sanity(float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
-    tissue = density_at(slide, _places(slide, mask, rng))
+    places = _places(slide, mask, rng)
     chosen = rng.choice(len(found), min(SAMPLE, len(found)), replace=False)
     points = np.stack([found.x, found.y], 1)[chosen]
-    darker = _darker(density_at(slide, points), tissue)
+    # Read in one pass: both lie on the same tiles, more than the slide keeps.
+    density = density_at(slide, np.concatenate([places, points]))
+    tissue, seen = density[: len(places)], density[len(places) :]
+    darker = _darker(seen, tissue)
     share = float(_on(mask, slide, points).mean())
     if darker >= GOOD:
         return Sanity(darker, share)
-    few = points[:TRIAL]
+    readings = _readings(points[:TRIAL], slide)
+    trials = density_at(slide, np.concatenate([moved for _, moved in readings]))
     best, says = 0.0, ""
-    for sentence, moved in _readings(few, slide):
-        trial = _darker(density_at(slide, moved), tissue)
+    for (sentence, _), there in zip(readings, np.split(trials, len(readings)), strict=True):
+        trial = _darker(there, tissue)
         if trial > best:
             best, says = trial, sentence
     if best >= max(GOOD, darker + GAIN):
@@ -77,11 +82,13 @@ def density_at(slide: Slide, points: np.ndarray) -> np.ndarray:
     """Mean hematoxylin OD of a small square around each point, float64 [n]; 0 off the slide."""
     out = np.zeros(len(points))
     side = SIDE / slide.mpp
+    # A mean needs no resampling: the pixels of the level are taken as they are.
+    mpp = slide.mpp * slide.levels[slide.level_for(MPP)][2]
     # Neighbours share tiles, and the slide keeps the last ones.
     for i in np.lexsort((points[:, 0], points[:, 1] // 512)):
         x, y = points[i]
         if 0 <= x < slide.width and 0 <= y < slide.height:
-            patch = slide.region(x - side / 2, y - side / 2, side, side, mpp=MPP)
+            patch = slide.region(x - side / 2, y - side / 2, side, side, mpp=mpp)
             out[i] = hematoxylin(patch).mean()
     return out
 

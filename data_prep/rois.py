@@ -28,6 +28,7 @@ from lemon_muse.errors import UserError
 
 STRIDE = 4  # of the pixels that mean and std are taken from, in both directions
 SAMPLED = 32  # nuclei of a ROI whose windows give the mean and std of crops
+STAINED = 50_000  # pixels of those windows that the stain of a slide is measured on
 
 
 class RoiSettings(Config):
@@ -115,6 +116,7 @@ class _Cut:
     xy: list[np.ndarray] = field(default_factory=list)
     whole: Moments = field(default_factory=Moments)
     crops: Moments = field(default_factory=Moments)
+    looked: list[np.ndarray] = field(default_factory=list)  # pixels for the stain, uint8 [n, 3]
 
 
 def cut(cfg: Rois, source: Source, part: Path) -> None:
@@ -190,7 +192,9 @@ def _add(
     made.whole.add(image[::STRIDE, ::STRIDE])
     few = points[rng.permutation(np.flatnonzero(inner))[:SAMPLED]]
     if len(few) and cfg.margin:
-        made.crops.add(geometry.crop(image, few, size=2 * cfg.margin)[0])
+        windows = geometry.crop(image, few, size=2 * cfg.margin)[0]
+        made.crops.add(windows)
+        made.looked.append(windows[:, ::STRIDE, ::STRIDE].reshape(-1, 3))
 
 
 def _packed(
@@ -202,6 +206,10 @@ def _packed(
     rejected: dict[str, int],
 ) -> bytes:
     """The bytes of `<part>.npz`."""
+    from lemon_muse.data import stain
+
+    looked = np.concatenate([np.zeros((0, 3), np.uint8), *made.looked])
+    looked = looked[:: -(-len(looked) // STAINED) or 1]
     rows = np.concatenate([np.zeros(0, np.int64), *made.rows])
     xy = np.concatenate([np.zeros((0, 2)), *made.xy])
     about = {
@@ -211,6 +219,7 @@ def _packed(
         "rejected": rejected,
         "whole": made.whole.as_json(),
         "crops": made.crops.as_json(),
+        "stain": stain.describe(looked) if len(looked) else None,
     }
     buffer = io.BytesIO()
     np.savez(
@@ -253,7 +262,7 @@ def merge(cfg: Rois, group: int, slides: list[str]) -> None:
             writer.write_roi(payload, columns, facts, inner=int(part.counts[number, 1]))
         for part in parts:
             entry = writer.add_slide(part.slide, part.about["patient"], part.about["source_mpp"], 0)
-            entry["rejected"] = part.about["rejected"]
+            entry |= {"rejected": part.about["rejected"], "stain": part.about.get("stain")}
             for moments, name in ((writer.moments, "whole"), (writer.crop_moments, "crops")):
                 moments.sums += part.about[name]["sums"]
                 moments.count += part.about[name]["count"]

@@ -17,6 +17,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
         "Demo",
         "prep, pretrain, probe, export and report, in minutes on two cores",
     ),
+    "generate": ("launch.generate", "Generate", "labelled tissue, where no real data is at hand"),
     "prep all": ("data_prep.chain", "Chain", "slides to checked shards: the jobs below in a row"),
     "prep manifest": ("data_prep.manifest", "Manifest", "a table of slides: size, mpp, patient"),
     "prep nuclei": ("data_prep.nuclei", "Nuclei", "nuclei of slides: read from files, or detected"),
@@ -38,6 +39,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
         "an interactive page of embedded nuclei: map, lasso",
     ),
     "report": ("eval.report", "Report", "one page with curves, tables, retrieval and map"),
+    "study": ("launch.study", "Study", "recipes compared under an equal budget, with intervals"),
     "submit": ("launch.slurm", "Submit", "any of the above on a SLURM cluster; chains and sweeps"),
     "status": ("launch.status", "Status", "how submissions and runs stand: step, rate, time left"),
 }

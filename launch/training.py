@@ -30,7 +30,8 @@ def online_probe(cfg: Train) -> Probe | None:
         return None
     from eval.online import online_probe as build
 
-    dense = cfg.method.name in DENSE
+    method: Any = cfg.method
+    dense = method.name in DENSE or getattr(method, "export", "") == "dense"
     if not dense and (cfg.probe.window or cfg.probe.mpp):
         raise UserError(
             f"probe.window and probe.mpp are for {' and '.join(DENSE)}: the probe of "
@@ -40,7 +41,8 @@ def online_probe(cfg: Train) -> Probe | None:
         cfg.probe.benchmark,
         cfg.probe.root,
         size=cfg.probe.window or cfg.window_px,
-        mpp=_mpp(cfg) if dense else open_index(cfg.data).mpp,
+        # The crops of joint training need not have the mpp of its ROIs.
+        mpp=_mpp(cfg) if dense else getattr(method, "crop_mpp", open_index(cfg.data).mpp),
         seed=cfg.seed,
         bf16=cfg.precision == "bf16",
         dense=dense,

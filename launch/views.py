@@ -19,6 +19,7 @@ from lemon_muse.draw import ShownCrop, crop_picture
 from lemon_muse.draw_rois import ShownView, roi_picture, shared_nuclei
 from lemon_muse.errors import UserError
 from lemon_muse.methods import METHODS
+from lemon_muse.methods.context import ContextConfig, ContextViews
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.crop_views import CropViews
 from lemon_muse.recipe import LemonTrain, Train
@@ -56,7 +57,7 @@ class Views(_Asked, Train):
 
 
 class LemonViews(_Asked, LemonTrain):
-    """Crops and their two views (method.name=moco_v3)."""
+    """Crops and their views (methods on crops)."""
 
     count: int = Field(20, gt=0, description="nuclei of the batch that are drawn, spread over it")
 
@@ -86,7 +87,7 @@ def run(cfg: LemonViews | MuseViews) -> Path:
         cfg,
         index,
         METHODS[cfg.method.name][1].reads,
-        slides=not isinstance(cfg, MuseViews) and CropViews(setting).wants_slides,
+        slides=not isinstance(cfg, MuseViews) and _views_of(cfg, setting).wants_slides,
         rows=rows,
     )
     batch = batches.batch_at(cfg.step)
@@ -207,7 +208,7 @@ def _draw_crops(
     cfg: LemonViews, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
 ) -> tuple[dict[str, Any], str]:
     """One picture of all crops; what `views.json` and the line say."""
-    views_of = CropViews(setting)
+    views_of = _views_of(cfg, setting)
     found = _with_views(cfg, batch, rows, views_of.draw)
     with _autocast(cfg, found["pixels"].device):
         views = [_colours(made, setting) for made in views_of.make(found)]
@@ -239,11 +240,16 @@ def _draw_crops(
     crop_picture(
         crops, cfg.out / picture,
         title=f"step {cfg.step}: crops of {side} px at {setting.mpp:g} µm/px with the outlines of "
-        f"their two views of {window} px",
+        f"their views of {window} px",
     )  # fmt: skip
-    line = f"{len(crops)} crops of {side} px and their two views of {window} px"
+    line = f"{len(crops)} crops of {side} px and their views of {window} px"
     head = {"stored_px": side, "window_px": window, "mpp": setting.mpp, "picture": picture}
     return {**head, "crops": facts}, line
+
+
+def _views_of(cfg: LemonViews, setting: Setting) -> CropViews:
+    """The views of the method, those of the surroundings among them."""
+    return ContextViews(getattr(cfg.method, "context", ContextConfig()), setting)
 
 
 def _with_views(

@@ -114,11 +114,11 @@ def validate(model: type[C], tree: dict[str, Any]) -> C:
 def find(name: str) -> Path:
     """Where a YAML file is: the working folder first, then the recipes shipped with the package."""
     given = Path(name)
-    places = [given, ROOT / "configs" / given.name, ROOT.parent / "configs" / given.name]
-    for place in places:
+    shipped = [ROOT / "configs", ROOT.parent / "configs"]
+    for place in [given, *(folder / part for folder in shipped for part in (given, given.name))]:
         if place.is_file():
             return place
-    known = sorted({p.name for folder in places[1:] for p in folder.parent.glob("*.yaml")})
+    known = sorted({str(p.relative_to(f)) for f in shipped for p in f.rglob("*.yaml")})
     raise UserError(
         f"there is no file '{name}'; the recipes that ship are: {', '.join(known) or 'none'}."
     )

@@ -4,7 +4,8 @@ An encoder is one folder: `config.json`, `model.safetensors`, `check.safetensors
 pair) and `README.md` (the model card). Our facts stand in `config.json` under `lemon_muse`. Two
 kinds: `crop`, one feature a window (here), whose folder has timm's layout so that timm opens it
 unchanged (`timm.create_model("local-dir:FOLDER", pretrained=True)`), and `muse`, a dense map that
-is read at nuclei (`lemon_muse.dense`).
+is read at nuclei (`lemon_muse.dense`). A third, `two_windows`, is used like `crop`, but timm does
+not know its network (`lemon_muse.backbones.two_windows`): only `load` opens its folder.
 """
 
 import json
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lemon_muse import __version__
+from lemon_muse.backbones.two_windows import ARCHITECTURE
 from lemon_muse.data.files import write_atomic
 from lemon_muse.errors import RunError, UserError
 from lemon_muse.frozen import FrozenEncoder, card_text
@@ -126,6 +128,15 @@ class Encoder(FrozenEncoder):
         ]
 
 
+def encoder_of(network: nn.Module, *, architecture: str, **facts: Any) -> Encoder:
+    """The encoder around a network of `backbones.arguments_of`; `facts` as for `Encoder`."""
+    if architecture == ARCHITECTURE:
+        from lemon_muse.two_windows import TwoWindowEncoder
+
+        return TwoWindowEncoder(network, architecture=architecture, **facts)
+    return Encoder(network, architecture=architecture, **facts)
+
+
 def save_encoder(
     encoder: FrozenEncoder, folder: Path, *, card: dict[str, Any] | None = None
 ) -> Path:
@@ -221,13 +232,13 @@ def _build(
         from lemon_muse.dense import from_facts
 
         return from_facts(facts, state)
-    if kind != "crop":
+    if kind not in (Encoder.kind, ARCHITECTURE):
         raise ValueError(f"kind '{kind}' is not known to lemon_muse {__version__}")
-    import timm
+    from lemon_muse.backbones import network_of
 
-    network = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    network = network_of(config["architecture"], config["model_args"])
     network.load_state_dict(state)
-    return Encoder(
+    return encoder_of(
         network,
         architecture=config["architecture"],
         arguments=config["model_args"],

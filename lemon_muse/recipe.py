@@ -13,10 +13,11 @@ from pydantic import Field, model_validator
 from lemon_muse import distributed
 from lemon_muse.backbones import Backbone
 from lemon_muse.config import Config
-from lemon_muse.data.augment import ViewConfig, stored_size
+from lemon_muse.data.augment import ViewConfig
 from lemon_muse.data.compose import Subset, select
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.errors import UserError
+from lemon_muse.methods.context import ContextConfig, stored_size
 from lemon_muse.methods.contract import MethodConfig, Setting
 from lemon_muse.methods.moco_v3 import MoCoV3Config
 from lemon_muse.optim import Optim
@@ -196,7 +197,9 @@ class LemonTrain(Train):
         """The shards; a set of ROIs is read as crops."""
         index = open_index(self.data)
         if index.kind == "rois":
-            return index.as_crops(stored_size(self.view, self.window), edge=self.roi_edge)
+            context = getattr(self.method, "context", ContextConfig())
+            side = stored_size(context, self.view, self.window)
+            return index.as_crops(side, edge=self.roi_edge)
         return index
 
     def check(self, index: Index) -> None:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from lemon_muse.backbones.muse import MuseBackbone
 from lemon_muse.data import roi_views
+from lemon_muse.data.compose import select
 from lemon_muse.data.roi_views_config import RoiViewConfig
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.methods.muse import MuseConfig
@@ -61,7 +62,8 @@ class MuseTrain(Train):
         roi_views.check(self.view, index.size, index.mpp)
 
     def samples(self, index: Index) -> tuple[int, str]:
-        return len(index.blocks), "ROIs"
+        chosen = select(index, self.subset, reads="rois")
+        return len(index.blocks) if chosen is None else chosen.total, "ROIs"
 
     @property
     def window_px(self) -> int:

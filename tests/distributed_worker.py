@@ -27,7 +27,7 @@ def main(out: Path, words: list[str]) -> None:
             result = runner(micro, step)
             result["loss"].backward()
             seen[f"samples{step}"] = batch["samples"]
-            seen[f"view{step}"] = loop.method._views(micro)[0].numpy()  # type: ignore[operator]
+            seen[f"view{step}"] = loop.method.views.make(micro)[0].numpy()  # type: ignore[union-attr]
             seen[f"loss{step}"] = distributed.mean_over_ranks(
                 result["loss"].detach().clone()
             ).numpy()

@@ -15,7 +15,7 @@ import numpy as np
 from eval.atlas.columns import MISSING, REST, Column, span
 from eval.atlas.thumbs import ACROSS
 
-SCRIPTS = ("data.js", "plot.js", "panels.js", "app.js")
+SCRIPTS = ("data.js", "plot.js", "panels.js", "pictures.js", "app.js")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.progress import Progress
 from eval.report.embedding import principal
 from lemon_muse.errors import UserError
 
@@ -34,13 +35,15 @@ def neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     n = len(unit)
     rows = np.empty((n, k), np.int32)
     near = np.empty((n, k), np.float32)
-    for start in range(0, n, _BLOCK):
-        cosine, found = index.search(unit[start : start + _BLOCK], k + 1)
-        own = found == np.arange(start, start + len(found))[:, None]
-        # A nucleus with twins may not be among its own nearest: then the last one goes.
-        own[~own.any(1), -1] = True
-        rows[start : start + len(found)] = found[~own].reshape(-1, k)
-        near[start : start + len(found)] = cosine[~own].reshape(-1, k)
+    with Progress(n, what="neighbours", unit="nuclei") as progress:
+        for start in range(0, n, _BLOCK):
+            cosine, found = index.search(unit[start : start + _BLOCK], k + 1)
+            own = found == np.arange(start, start + len(found))[:, None]
+            # A nucleus with twins may not be among its own nearest: then the last one goes.
+            own[~own.any(1), -1] = True
+            rows[start : start + len(found)] = found[~own].reshape(-1, k)
+            near[start : start + len(found)] = cosine[~own].reshape(-1, k)
+            progress.update(len(found))
     return rows, np.clip(near, -1, 1)
 
 

@@ -105,10 +105,11 @@ def run(cfg: Embed) -> Path:
     way = work.open_way(cfg)
     tasks, failed = slides.tasks_of(cfg, way.key)
     key = slides.key_of([task.key for task in tasks], sorted(failed), _words(cfg))
+    folder = cfg.out.with_name(f"{cfg.out.name}.parts")
     if store.is_finished(cfg.out, key):
+        shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed at its very end
         print(f"{cfg.out} is finished already")
         return cfg.out
-    folder = cfg.out.with_name(f"{cfg.out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     for task in tasks:

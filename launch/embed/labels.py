@@ -1,5 +1,6 @@
 """Types of nuclei from a probe trained on a benchmark, and nuclei as GeoJSON."""
 
+import glob
 import json
 import uuid
 from dataclasses import dataclass
@@ -155,6 +156,8 @@ def write_geojson(target: Path, table: "Output", *, style: str) -> None:
         else:
             text = _groups(slide, kinds[i], colours)
         file = target.with_name(f"{slide.task.slide}.geojson") if target.stem == "SLIDE" else target
+        for stale in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):  # of a killed job
+            stale.unlink(missing_ok=True)
         write_atomic(file, text.encode())
 
 

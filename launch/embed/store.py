@@ -178,7 +178,9 @@ def _write_parquet(path: Path, table: Output) -> None:
     # Features do not get smaller by compression: they are left plain, and read faster.
     packed = dict.fromkeys(columns, "zstd") | {"feature.list.element": "none"}
     start = 0
-    with parquet.ParquetWriter(path, schema, compression=packed) as writer:
+    # Nor do they repeat: a dictionary of them would be built for nothing.
+    words = [name for name in columns if name in TEXTS]
+    with parquet.ParquetWriter(path, schema, compression=packed, use_dictionary=words) as writer:
         for part in (part for slide in table.slides for part in slide.parts):
             found = np.load(part)
             flat = pa.array(found.reshape(-1), pa.float32())

@@ -1,19 +1,19 @@
 """Features of the nuclei of one slide, in parts that are on disk as soon as they are made.
 
-A part is read at once: some thousand crops, or about a hundred windows of a dense encoder, in rows
-across the slide, so that neighbouring parts share few tiles. Batches do not cross parts; whatever
-was done before a kill, a part has the same bytes.
+A part has some thousand crops, or about a hundred windows of a dense encoder, in rows across the
+slide, so that neighbouring parts share few tiles. Batches do not cross parts; whatever was done
+before a kill, a part has the same bytes.
 """
 
-import copy
 import io
-import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.embed import reading
 from launch.embed.slides import Points, Task, find_points, key_of
 from lemon_muse import __version__
 from lemon_muse.data.files import write_atomic
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from launch.embed import Embed
     from lemon_muse.data.slides import Slide
 
-PART = 8192  # nuclei of a part, at most
-HELD = 2**27  # bytes of pixels of a part, at most
-STRIP = 1024  # rows of the slide, level-0 px at the encoder's mpp, that parts go along
 # Squares begin on this raster, so that strided networks see every window in the same phase.
 RASTER = 32
 
@@ -98,7 +95,7 @@ def open_way(cfg: "Embed") -> Way:
     }
     card |= {"valid": look.valid} if look.valid else {}
     card |= {"dtype": "bfloat16"} if cfg.bf16 else {}
-    key = key_of(card, __version__, PART, HELD, STRIP)
+    key = key_of(card, __version__, reading.PART, reading.HELD, reading.STRIP, reading.ORDER)
     return Way(encoder, read, look, device, int(encoder.dim), card, key)
 
 
@@ -126,27 +123,24 @@ def embed_slide(task: Task, cfg: "Embed", way: Way, folder: Path) -> Done:
         RunError: features are not finite, or the disk is full.
     """
     from eval.progress import Progress
-    from lemon_muse.data.ahead import map_ahead
 
     with _open(task.path, cfg.slide_mpp) as slide:
         folder.mkdir(parents=True, exist_ok=True)
         points = find_points(task, cfg, slide, folder / "nuclei.npz")
-        pieces = cut_pieces(points.xy, slide, way.look)
+        pieces = reading.cut_pieces(points.xy, slide, way.look)
         files = [folder / f"{number:06d}.npy" for number in range(len(pieces))]
         todo = [i for i, file in enumerate(files) if not _is_part(file, len(pieces[i]), way.dim)]
-        reader = _Reader(slide, way.look)
         total = sum(len(pieces[i]) for i in todo)
-        try:
-            with Progress(total, what=task.slide, unit="nuclei") as progress:
-                read = map_ahead(
-                    lambda i: reader.read(points.xy[pieces[i]]), todo, workers=cfg.workers
-                )
-                for i, seen in zip(todo, read, strict=True):
-                    found = _features(seen, cfg, way, task.slide)
-                    _save(files[i], found)
-                    progress.update(len(found))
-        finally:
-            reader.close()
+        with (
+            closing(reading.Reader(slide, way.look, workers=cfg.workers)) as reader,
+            closing(reader.pieces(points.xy, [pieces[i] for i in todo])) as read,
+            Progress(total, what=task.slide, unit="nuclei") as progress,
+        ):
+            for i, seen in zip(todo, read, strict=True):
+                found = _features(seen, cfg, way, task.slide)
+                reader.done(seen)
+                _save(files[i], found)
+                progress.update(len(found))
     order = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
     return Done(task, points.take(order), tuple(files))
 
@@ -164,61 +158,8 @@ def _open(path: Path, given: float | None) -> "Slide":
         raise UserError(f"{path} states {what}; give slide_mpp=, its µm per pixel.") from None
 
 
-def cut_pieces(xy: np.ndarray, slide: "Slide", look: "Look") -> list[np.ndarray]:
-    """Rows of the nuclei that are read together, int64 arrays; each row once.
-
-    Args:
-        xy: float64 [n, 2], level-0 px.
-        look: crops: strips of `STRIP` px; dense: whole squares, which nuclei share.
-    """
-    if not len(xy):
-        return []
-    down = look.mpp / slide.mpp  # level-0 px per px of the encoder
-    if look.valid is None:
-        most = max(1, min(PART, HELD // (3 * look.window**2)))
-        strip = np.floor((xy[:, 1] / down - look.window / 2) / STRIP)
-        order = np.lexsort((xy[:, 1], xy[:, 0], strip))
-        unit = np.arange(len(xy))
-    else:
-        most = max(1, HELD // (3 * look.window**2))
-        column, row = np.floor(xy / (down * look.valid)).T
-        order = np.lexsort((column, row))
-        new = np.diff(column[order]).astype(bool) | np.diff(row[order]).astype(bool)
-        unit = np.concatenate([[0], np.cumsum(new)])
-    return np.split(order, np.flatnonzero(np.diff(unit // most)) + 1)
-
-
-class _Reader:
-    """Reads the pixels of pieces; every thread opens the slide for itself."""
-
-    def __init__(self, slide: "Slide", look: "Look") -> None:
-        self.slide, self.look = slide, look
-        self.own = threading.local()
-        self.opened: list[Slide] = []
-
-    def read(self, xy: np.ndarray) -> Any:
-        """Crops uint8 [n, S, S, 3], or the windows (`eval.dense.Windows`) of the nuclei."""
-        from eval.dense import cut_slide, joined
-
-        if not hasattr(self.own, "slide"):
-            self.own.slide = copy.copy(self.slide)
-            self.opened.append(self.own.slide)
-        slide, look, rows = self.own.slide, self.look, np.arange(len(xy))
-        if look.valid is not None:
-            cut = cut_slide(slide, xy, rows, window=look.window, valid=look.valid, mpp=look.mpp)
-            return joined(list(cut))
-        out = np.empty((len(xy), look.window, look.window, 3), np.uint8)
-        for found, pixels in slide.bands(xy, look.window, mpp=look.mpp):
-            out[found] = pixels
-        return out
-
-    def close(self) -> None:
-        for slide in self.opened:
-            slide.close()
-
-
 def _features(seen: Any, cfg: "Embed", way: Way, slide: str) -> np.ndarray:
-    """float32 [n, dim] of what `_Reader.read` gave, in its order of nuclei."""
+    """float32 [n, dim] of what `Reader.pieces` gave, in its order of nuclei."""
     from eval import dense, features
 
     given: dict[str, Any] = {"device": way.device, "bf16": cfg.bf16}

@@ -1,7 +1,8 @@
 """The table of encoders.
 
 Every backbone is a timm model with recorded arguments, so that what is trained here is loaded by
-timm unchanged. Short names are ViTs for small windows; any other name is looked up in timm.
+timm unchanged. Short names are ViTs for small windows; any other name is looked up in timm. The one
+exception is a ViT of two windows (`backbone.inner`), which only this package loads.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from lemon_muse.backbones.two_windows import ARCHITECTURE, TwoWindows, check_sides
 from lemon_muse.backbones.vit import prepare_moco_vit
 from lemon_muse.config import Config
 from lemon_muse.errors import UserError
@@ -45,6 +47,34 @@ class Backbone(Config):
     args: dict[str, Any] = Field(
         {}, description="further timm arguments, e.g. {depth: 4, embed_dim: 192}"
     )
+    inner: int | None = Field(
+        None,
+        gt=0,
+        description="ViT: two windows in one network, the middle of this side (px) at full "
+        "resolution and the whole window averaged down to it; none = one window",
+    )
+
+
+def arguments_of(settings: Backbone, window: int) -> tuple[str, dict[str, Any]]:
+    """Architecture and arguments from which `network_of` makes this backbone again.
+
+    They are timm's, or of two windows: 'two_windows' with `vit` (timm's architecture), `inner`,
+    `window` and timm's arguments. JSON-serialisable.
+    """
+    if settings.inner is None:
+        return timm_arguments(settings, window)
+    check_sides(settings.inner, window)
+    vit, arguments = timm_arguments(settings, settings.inner)
+    return ARCHITECTURE, {"vit": vit, "inner": settings.inner, "window": window, **arguments}
+
+
+def network_of(architecture: str, arguments: dict[str, Any]) -> nn.Module:
+    """The network that `arguments_of` describes, at random, without classifier."""
+    if architecture != ARCHITECTURE:
+        return timm.create_model(architecture, num_classes=0, **arguments)
+    rest = {k: v for k, v in arguments.items() if k not in ("vit", "inner", "window")}
+    vit = timm.create_model(arguments["vit"], num_classes=0, **rest)
+    return TwoWindows(vit, inner=arguments["inner"], window=arguments["window"])
 
 
 def timm_arguments(settings: Backbone, window: int) -> tuple[str, dict[str, Any]]:
@@ -91,10 +121,13 @@ def build(settings: Backbone, window: int, *, seed: int) -> nn.Module:
     Raises:
         UserError: a name that timm does not know, arguments that do not fit.
     """
-    architecture, arguments = timm_arguments(settings, window)
+    inner = settings.inner
+    if inner is not None:
+        check_sides(inner, window)
+    architecture, arguments = timm_arguments(settings, inner or window)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = create(settings.name, architecture, arguments, short=VITS)
         if isinstance(network, timm.models.VisionTransformer):
             prepare_moco_vit(network, freeze_patch=settings.freeze_patch, sincos=settings.sincos)
-    return network
+        return network if inner is None else TwoWindows(network, inner=inner, window=window)

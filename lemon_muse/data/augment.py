@@ -1,9 +1,10 @@
 """Views of nucleus crops: random geometry, colour, blur and erasing for a whole batch at once.
 
-A view is made in four steps: one bilinear resampling that merges rotation, resized crop, shift and
-flips; colour; Gaussian blur; erasing and normalisation. `draw` makes the random numbers, `apply`
-does the work on whatever device the pixels are on. The parameters of a view depend on the generator
-alone, so a rank can draw them for the global batch and apply its own rows.
+A view is made in steps: one bilinear resampling that merges rotation, resized crop, shift and
+flips; another stain, where the policy has one; colour; Gaussian blur; erasing and normalisation.
+`draw` makes the random numbers, `apply` does the work on whatever device the pixels are on. The
+parameters of a view depend on the generator alone, so a rank can draw them for the global batch and
+apply its own rows.
 
 What differs from torchvision with the same parameters, measured on 40 px views of BRCA-M2C:
 
@@ -27,6 +28,7 @@ import torch
 from lemon_muse.data import augment_draw
 from lemon_muse.data import augment_ops as ops
 from lemon_muse.data.augment_config import POLICIES, ViewConfig
+from lemon_muse.data.stain_views import NUMBERS, Mixture
 
 __all__ = ["POLICIES", "ViewConfig", "apply", "draw", "prepare"]
 
@@ -44,6 +46,7 @@ def draw(
     window: int,
     generator: torch.Generator,
     view: int = 0,
+    stains: Mixture | None = None,
 ) -> dict[str, torch.Tensor]:
     """Draw the parameters of `n` views, on the CPU.
 
@@ -57,6 +60,7 @@ def draw(
         window: side of the views, pixels.
         generator: a CPU generator, the only source of randomness.
         view: 0 for the first view, 1 for the second: they differ in the probability of blur.
+        stains: what `config.restain` draws from, of `config.gaussians` Gaussians.
 
     Returns:
         Tensors whose first dimension is n, to be sliced together: `theta` float32 [n, 2, 3] (the
@@ -64,14 +68,19 @@ def draw(
         [n, 4] (brightness, contrast and saturation factors, hue in turns), `order` int64 [n, 4]
         (which of them comes first, second, ...), `gray` float32 [n] (0 or 1), `sigma` float32 [n]
         (pixels, 0 for no blur) and `erase` float32 [n, 4] (top, bottom, left, right in pixels).
+        Where `config` changes stains also `stain` float32 [n, 2, 3] (rows of H and E) and `restain`
+        float32 [n] (0 or 1), and `hed` float32 [n, 4] (two factors, two summands): what
+        `stain_views.Stains.change` makes a matrix of.
 
     Raises:
-        ValueError: the window does not fit into the stored crop, or not in its middle.
+        ValueError: the window does not fit into the stored crop, or not in its middle; `stains` are
+            needed.
     """
     _check_window(stored, window)
     # Rows of random numbers: 0-6 geometry, 7-12 colour, 13-14 blur, 15-17 erasing, then two boxes.
     u = torch.rand(58, n, generator=generator)
     order = torch.rand(n, 4, generator=generator).argsort(1)
+    of_stain = torch.rand(NUMBERS + 5, n, generator=generator)
     colour = augment_draw.draw_colour(
         u[7:15],
         order,
@@ -88,6 +97,7 @@ def draw(
         "theta": _draw_theta(config, u[:7], u[18:38], stored=stored, window=window),
         **colour,
         "erase": erase * (u[17] < config.erase)[:, None],
+        **_draw_stain(config, of_stain, stains),
     }
 
 
@@ -101,6 +111,7 @@ def apply(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    stain: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Make one view of every crop, on the device of the pixels.
 
@@ -114,12 +125,15 @@ def apply(
         mean: per channel, of pixels in 0..1; subtracted. An erased pixel gets this colour.
         std: per channel, of pixels in 0..1; divided by.
         dtype: torch.bfloat16 blurs in bfloat16: faster; off by up to 0.01, pixels in 0..1.
+        stain: matrix [B, 3, 3] and summand [B, 3] of `stain_views.Stains.change`, for the optical
+            densities before any other colour; None leaves the stains as they are.
 
     Returns:
         float32 [B, 3, w, w], normalised.
 
     Raises:
-        ValueError: wrong kind or shape of pixels, or as many parameters as crops are not there.
+        ValueError: wrong kind or shape of pixels, as many parameters as crops are not there, or
+            `stain` is not.
     """
     _check_pixels(pixels)
     count, stored = pixels.shape[:2]
@@ -129,6 +143,10 @@ def apply(
     out = torch.empty(count, 3, window, window, device=pixels.device)
     if not count:
         return out
+    if stain is None and {"restain", "hed"} & params.keys():
+        raise ValueError("these views have other stains: give stain=, of `stain_views`")
+    if stain is not None:
+        params = {**params, "matrix": stain[0], "summand": stain[1]}
     moved = ops.to_device(params, pixels.device)
     norm = ops.normalisation(tuple(mean), tuple(std), pixels.device)
     with torch.autocast(pixels.device.type, enabled=False):
@@ -184,6 +202,8 @@ def _make(
     for start in range(0, count, chunk):
         at = slice(start, start + chunk)
         view = ops.resample(pixels[at], *(line[at] for line in lines), padding=padding)
+        if "matrix" in params:
+            view = ops.restain(view, params["matrix"][at], params["summand"][at])
         ops.finish(
             view,
             out[at],
@@ -196,6 +216,21 @@ def _make(
         )
         if config.erase > 0:
             out[at].mul_(ops.keep_mask(params["erase"][at], window))
+
+
+def _draw_stain(
+    config: ViewConfig, u: torch.Tensor, stains: Mixture | None
+) -> dict[str, torch.Tensor]:
+    """What of a view's stain is drawn: nothing where the policy leaves stains alone."""
+    drawn = {}
+    if config.restain > 0:
+        if stains is None:
+            raise ValueError("a view that is stained anew needs the stains of the slides")
+        drawn = {"stain": stains.draw(u[1:NUMBERS]), "restain": (u[0] < config.restain).float()}
+    if config.hed > 0:
+        strength = {"probability": config.hed, "width": config.hed_range}
+        drawn["hed"] = augment_draw.draw_hed(u[NUMBERS:], **strength)
+    return drawn
 
 
 def _draw_theta(

@@ -16,7 +16,21 @@ POLICIES: dict[str, dict[str, Any]] = {
     "a0": {"rotate": False, "scale": (0.08, 1.0), "erase": 0.0},
     "a1": {"gray": 0.0},
     "a1+gray": {},
+    "a1+gmm1": {"gray": 0.0, "restain": 1.0, "gaussians": 1},
+    "a1+gmm10": {"gray": 0.0, "restain": 1.0, "gaussians": 10},
+    "a1+hed": {"gray": 0.0, "hed": 1.0},
     "mild": {"scale": (0.4, 1.0), "hue": 0.025, "blur_sigma": (0.1, 1.0), "erase": 0.0},
+    # Every view has the crop's own size. The shift is the most that any turn of a window of 40 px
+    # leaves in stored crops of 64 px.
+    "size": {
+        "centred": True,
+        "scale": (1.0, 1.0),
+        "ratio": (1.0, 1.0),
+        "shift": 3.7,
+        "blur_sigma": (0.1, 1.0),
+        "erase": 0.25,
+        "erase_scale": (0.02, 0.1),
+    },
 }
 
 
@@ -24,12 +38,15 @@ class ViewConfig(Config):
     """The distribution of one view; a policy fills every field that is not given.
 
     Policies: a0 is MoCo v3's augmentation without solarisation; a1 is LEMON's, with rotation and
-    erasing and without grayscale; a1+gray is LEMON's choice; mild suits small runs. The LEMON paper
-    names the operations, the crop scale, the erased area and the largest sigma; a value marked (*)
-    is not found there and is that of the MoCo v3 reference, (**) that of torchvision.
+    erasing and without grayscale; a1+gray is LEMON's choice; a1+gmm1 and a1+gmm10 draw the stain of
+    a view from 1 or 10 Gaussians fitted over the slides; a1+hed changes the amounts of hematoxylin
+    and eosin a little (`stain_views` has both); mild suits small runs; size turns, mirrors and
+    moves a nucleus and never rescales it. The LEMON paper names the operations, the crop scale, the
+    erased area and the largest sigma; a value marked (*) is not found there and is that of the MoCo
+    v3 reference, (**) that of torchvision.
     """
 
-    policy: Literal["a0", "a1", "a1+gray", "mild"] = Field(
+    policy: Literal["a0", "a1", "a1+gray", "a1+gmm1", "a1+gmm10", "a1+hed", "mild", "size"] = Field(
         "a1+gray", description="named set of values for the fields that are not given"
     )
     rotate: bool = Field(True, description="turn by any angle, taking pixels from the stored crop")
@@ -47,6 +64,16 @@ class ViewConfig(Config):
     shift: Strength = Field(0.0, description="largest translation in x and in y, pixels")
     hflip: Probability = Field(0.5, description="probability of a mirrored view (*)")
     vflip: Probability = Field(0.0, description="probability of an upside-down view")
+    restain: Probability = Field(
+        0.0, description="probability that a view gets a stain drawn from those of all slides"
+    )
+    gaussians: int = Field(
+        1, gt=0, description="Gaussians that are fitted over the slides' stains for restain"
+    )
+    hed: Probability = Field(0.0, description="probability of jittered amounts of H and E")
+    hed_range: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="amounts are multiplied by 1 ± this, then ± this (optical density) added"
+    )
     jitter: Probability = Field(0.8, description="probability of colour jitter (*)")
     brightness: Strength = Field(0.4, description="brightness factor in 1 ± this (*)")
     contrast: Strength = Field(0.4, description="contrast factor in 1 ± this (*)")

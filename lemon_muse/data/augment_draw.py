@@ -46,6 +46,18 @@ def draw_colour(
     }
 
 
+def draw_hed(u: torch.Tensor, *, probability: float, width: float) -> torch.Tensor:
+    """Factors 1 ± width of hematoxylin and eosin, then summands ± width: float32 [n, 4].
+
+    Args:
+        u: uniform numbers [5, n].
+        probability: of views that are changed; the others have 1, 1, 0, 0.
+        width: of the factors, and of the summands in optical density.
+    """
+    neutral = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    return torch.where((u[0] < probability)[:, None], neutral + width * (2 * u[1:].T - 1), neutral)
+
+
 def draw_crop_sizes(
     u: torch.Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,6 +39,24 @@ def resample(
     return F.grid_sample(image, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
+def restain(view: torch.Tensor, matrix: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
+    """Change optical densities d = -ln((I + 1) / 256), rows of three, to d matrix + summand.
+
+    Args:
+        view: float32 [B, 3, h, w] in 0..255; is overwritten.
+        matrix: float32 [B, 3, 3].
+        summand: float32 [B, 3].
+
+    Returns:
+        float32 [B, 3, h, w] in 0..255.
+    """
+    # In logarithms l = ln(I + 1) = ln 256 - d it is l matrix + (1 - 1 matrix) ln 256 - summand.
+    white = math.log(256) * (1 - matrix.sum(1)) - summand
+    logs = view.flatten(2).add_(1).log_()
+    levels = torch.baddbmm(white[..., None], matrix.transpose(1, 2), logs).exp_()
+    return levels.sub_(1).clamp_(0, 255).view(view.shape)
+
+
 def recolour(view: torch.Tensor, pixel: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Colour jitter and grayscale: one 3x3 matrix and one summand per view, one clamp at the end.
 

@@ -4,11 +4,14 @@ Blocks are permuted, taken in windows, and the samples of a window are shuffled.
 [s * batch, (s + 1) * batch) of the pass that it falls into; the incomplete slice at a pass's end is
 left out (another one each pass). The slice is sorted by block, so that a rank's part of it touches
 few blocks: K ranks read each block about once, not K times, and see the same samples as one rank.
+A selection says which samples of each block a pass has; without one it has all.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from lemon_muse.data.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -20,23 +23,29 @@ class Order:
         seed: of the permutations.
         batch: global batch size.
         window: blocks that are shuffled together.
+        chosen: which samples of them; None: all, each once a pass.
     """
 
     counts: np.ndarray
     seed: int
     batch: int
     window: int
+    chosen: Selection | None = None
 
     def __post_init__(self) -> None:
-        total = int(np.sum(self.counts))
-        if self.batch > total:
+        if self.batch > self.total:
             raise ValueError(
-                f"a batch of {self.batch} needs at least as many nuclei; there are {total}"
+                f"a batch of {self.batch} needs at least as many nuclei; there are {self.total}"
             )
 
     @property
+    def total(self) -> int:
+        """Samples of a pass."""
+        return int(np.sum(self.counts)) if self.chosen is None else self.chosen.total
+
+    @property
     def steps_a_pass(self) -> int:
-        return int(np.sum(self.counts)) // self.batch
+        return self.total // self.batch
 
     def batch_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Block and row, int64 [batch] each, of the samples of a step, sorted by block."""
@@ -60,8 +69,14 @@ class Order:
         """The permuted blocks of a pass, and the sample count at the end of each window."""
         if self._cache.get("pass") != number:
             rng = np.random.default_rng([self.seed, number])
-            blocks = rng.permutation(len(self.counts))
-            sizes = np.asarray(self.counts, np.int64)[blocks]
+            if self.chosen is None:
+                blocks = rng.permutation(len(self.counts))
+                sizes = np.asarray(self.counts, np.int64)[blocks]
+            else:
+                counts = self.chosen.counts_at(number)
+                # Blocks that give nothing would thin out the windows, and with them the mixing.
+                blocks = rng.permutation(np.flatnonzero(counts))
+                sizes = counts[blocks]
             edges = np.arange(0, len(blocks), self.window)
             self._cache.update(
                 {"pass": number, "windows": (blocks, np.add.reduceat(sizes, edges).cumsum())}
@@ -74,9 +89,12 @@ class Order:
         """All samples of a window in shuffled order."""
         if self._cache.get("window") != (number, window):
             mine = blocks[window * self.window : (window + 1) * self.window]
-            sizes = np.asarray(self.counts, np.int64)[mine]
-            block = np.repeat(mine, sizes)
-            row = np.concatenate([np.arange(n) for n in sizes])
+            if self.chosen is None:
+                sizes = np.asarray(self.counts, np.int64)[mine]
+                block = np.repeat(mine, sizes)
+                row = np.concatenate([np.arange(n) for n in sizes])
+            else:
+                block, row = self.chosen.samples_at(number, mine)
             mixed = np.random.default_rng([self.seed, number, window]).permutation(len(block))
             self._cache.update({"window": (number, window), "samples": (block[mixed], row[mixed])})
         return self._cache["samples"]  # type: ignore[return-value]

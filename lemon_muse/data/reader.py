@@ -53,21 +53,21 @@ class BlockReader:
             payload, self.index.encoding, int(self.index.blocks[block]["count"]), self.index.size
         )
 
-    def columns(self, block: int) -> dict[str, np.ndarray]:
-        """The metadata columns of a block."""
+    def columns(self, block: int, *only: str) -> dict[str, np.ndarray]:
+        """The metadata columns of a block; with `only` these, at a part of the time."""
         row = self.index.blocks[block]
         payload = np.empty(int(row["meta_length"]), np.uint8)
         self._read(block, int(row["meta_offset"]), payload, int(row["meta_crc"]))
         try:
             with np.load(io.BytesIO(payload.tobytes()), allow_pickle=False) as members:
-                return dict(members)
+                return {name: members[name] for name in only or members.files}
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"the metadata of block {block} is not readable ({error}).") from None
 
     def slides(self, block: int) -> np.ndarray:
         """Numbers of the slides of a block's nuclei (places in `Index.slides`), int32 [N]."""
         if block not in self._slides:
-            names = self.columns(block)["slide"]
+            names = self.columns(block, "slide")["slide"]
             self._slides[block] = np.searchsorted(self._names, names).astype(np.int32)
         return self._slides[block]
 
@@ -145,8 +145,8 @@ class RoiCropReader(RoiReader):
     def describe(self, samples: np.ndarray) -> list[str]:
         return BlockReader.describe(self, samples)
 
-    def columns(self, block: int) -> dict[str, np.ndarray]:
-        """As those of a block of crops: x and y in px of the slide."""
+    def columns(self, block: int, *only: str) -> dict[str, np.ndarray]:
+        """As those of a block of crops, whatever `only`: x and y in px of the slide."""
         found = super().columns(block)
         count = int(self.index.blocks[block]["count"])
         scale = found["side"][0] / self.index.header["roi"]

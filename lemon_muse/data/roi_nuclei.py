@@ -47,13 +47,24 @@ def cap(
     count = inside.shape[1]
     if count <= most:
         return inside
-    index = torch.arange(count, device=inside.device)
-    # The index makes all ranks different, whatever the hash.
-    rank = _hash(_hash(seed)[:, None] + index) * count + index
-    rank = torch.where(index == first[:, None], -1, rank)
+    rank = priority(seed, first, count)
     rank = torch.where(inside, rank, torch.iinfo(torch.int64).max)
     last = rank.topk(most, dim=1, largest=False).values.amax(1, keepdim=True)
     return inside & (rank <= last)
+
+
+def priority(seed: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """Random order of the nuclei of each ROI, int64 [b, count]: the smallest comes first.
+
+    Args:
+        seed: int64 [b], 0 <= seed < 2^31, one per ROI.
+        first: int64 [b], the nucleus that gets -1; -1 for none.
+        count: room for nuclei, n; values are below n * 2^32, and all of a ROI's are different.
+    """
+    index = torch.arange(count, device=seed.device)
+    # The index makes all ranks different, whatever the hash.
+    rank = _hash(_hash(seed)[:, None] + index) * count + index
+    return torch.where(index == first[:, None], -1, rank)
 
 
 def _hash(value: torch.Tensor) -> torch.Tensor:

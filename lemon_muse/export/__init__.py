@@ -49,6 +49,24 @@ READERS: dict[str, Reader] = {
 }
 
 
+# What holds a network of two windows: the formats that store the program, not the architecture.
+PROGRAMS = ("pt2", "onnx")
+
+
+def check_format(encoder: "FrozenEncoder", form: str) -> None:
+    """Refuse a format whose readers cannot build the encoder's network.
+
+    Raises:
+        UserError: an encoder of two windows in a format that names an architecture.
+    """
+    if encoder.kind == "two_windows" and form not in PROGRAMS:
+        raise UserError(
+            f"format={form} cannot hold {encoder.name}: its network sees two windows "
+            f"(backbone.inner), which only lemon_muse builds; use format=pt2 or format=onnx, or "
+            f"the encoder's own folder."
+        )
+
+
 def optional(package: str, what: str, extra: str = "interop") -> Any:
     """A package that not every user has.
 

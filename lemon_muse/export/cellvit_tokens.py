@@ -23,6 +23,7 @@ import torch
 
 from lemon_muse.data.files import disk_is_full, write_atomic
 from lemon_muse.errors import RunError, UserError
+from lemon_muse.export import optional
 
 # Rows a write: bounds the memory of h5py's ragged rows.
 ROWS = 4096
@@ -74,11 +75,11 @@ def write_cache(
         tokens: [n, D], float. CellViT++ takes D from its segmentation model: 384 for ViT256.
 
     Raises:
-        UserError: lengths or widths that do not agree, values that are not finite or negative.
+        UserError: lengths or widths that do not agree, values that are not finite or negative, or
+            h5py is not installed.
         RunError: the disk is full.
     """
-    import h5py
-
+    h5py = optional("h5py", f"the token cache {path}", "embed")
     xy, found = np.asarray(coords, np.float64), np.asarray(tokens)
     kinds = _classes(types)
     _check(len(images), xy=xy, tokens=found, more={"types": len(kinds)})

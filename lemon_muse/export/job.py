@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 
 from lemon_muse.config import Config
 from lemon_muse.errors import RunError, UserError
+from lemon_muse.export.embedded import Tokens
+
+Form = Literal["timm", "hf", "pt2", "onnx", "muse", "lemon", "cellvit", "cellvit_tokens"]
 
 
 class Export(Config):
@@ -22,15 +25,22 @@ class Export(Config):
         None, description="run folder, encoder folder, or released LEMON or MUSE file"
     )
     checkpoint: Path | None = Field(None, description="a checkpoint file of a run, instead of run=")
-    network: Literal["recipe", "query", "momentum"] = Field(
-        "recipe", description="with checkpoint=: which of the two encoders; recipe = as configured"
+    network: Literal["recipe", "query", "momentum", "crop", "dense"] = Field(
+        "recipe",
+        description="with checkpoint=: which of the two encoders, query or momentum, and of a run "
+        "of joint crop or dense; recipe = as configured",
     )
-    format: Literal["timm", "hf", "pt2", "onnx", "muse", "lemon", "cellvit"] = Field(
+    embedded: Path | None = Field(
+        None, description="a table of lemon-muse embed, instead of run=, for format=cellvit_tokens"
+    )
+    format: Form = Field(
         "timm",
         description="timm: a folder for timm, and bare weights (of a MUSE network, its encoder); "
         "hf: for transformers' AutoModel; pt2: torch.export; onnx: ONNX Runtime (both with the map "
-        "of a MUSE network); muse, lemon: the released files; cellvit: for CellViT and CellViT++",
+        "of a MUSE network); muse, lemon: the released files; cellvit: for CellViT and CellViT++; "
+        "cellvit_tokens: features of nuclei for CellViT++'s cell classifier",
     )
+    tokens: Tokens = Field(Tokens(), description="with format=cellvit_tokens: the token cache")
     out: Path | None = Field(None, description="folder to write; it appears when it is finished")
     check: Path | None = Field(
         None,
@@ -44,7 +54,15 @@ class Export(Config):
             if self.model_fields_set - {"check"}:
                 raise ValueError("check=FOLDER goes alone: it says itself what format it has.")
             return self
-        if (self.run is None) == (self.checkpoint is None):
+        if self.format == "cellvit_tokens":
+            if self.embedded is None or self.run or self.checkpoint:
+                raise ValueError(
+                    "format=cellvit_tokens takes embedded=TABLE, of lemon-muse embed, and neither "
+                    "run= nor checkpoint= ."
+                )
+        elif self.embedded is not None or "tokens" in self.model_fields_set:
+            raise ValueError("embedded= and tokens= go with format=cellvit_tokens.")
+        elif (self.run is None) == (self.checkpoint is None):
             raise ValueError(
                 "give exactly one of run=FOLDER and checkpoint=FILE, or check=FOLDER alone."
             )
@@ -58,18 +76,24 @@ class Export(Config):
 def run(cfg: Export) -> Path:
     """Write `cfg.out` and print the largest difference to the source; or check a folder."""
     from lemon_muse import encoder
-    from lemon_muse.export import FORMATS, verify
+    from lemon_muse.export import FORMATS, check_format, verify
 
     if cfg.check is not None:
         print(verify.check(cfg.check))
         return cfg.check
     assert cfg.out is not None
     _refuse(cfg.out, cfg)
+    if cfg.embedded is not None:
+        from lemon_muse.export import embedded
+
+        print(embedded.write(cfg.embedded, cfg.out, cfg.tokens))
+        return cfg.out
     if cfg.checkpoint is not None:
         source, card = _of_checkpoint(cfg.checkpoint, cfg.network)
     else:
         assert cfg.run is not None
         source, card = encoder.load(cfg.run), _sections(cfg.run)
+    check_format(source, cfg.format)
     with _staged(cfg.out) as folder:
         apart = FORMATS[cfg.format](source, folder, card)
         network = cfg.network if cfg.checkpoint is not None else None

@@ -24,11 +24,10 @@ from lemon_muse.heads import DINOHead
 from lemon_muse.matching import Teacher
 from lemon_muse.methods.contract import Method, Setting
 from lemon_muse.methods.muse_config import MuseConfig
+from lemon_muse.methods.muse_parts import Nuclei, named, spread, verdict
 from lemon_muse.schedules import cosine, linear_warmup
 
-Kind = Literal["image", "nucleus"]
-ONE_HOT = 0.05  # of the chance level: no healthy run gets there
-WARM, NEAR = 0.1, 0.01  # share of the run after which a loss this near to chance is reported
+WARM = 0.1  # share of the run after which a loss at chance is reported
 
 
 class Muse(Method):
@@ -74,7 +73,12 @@ class Muse(Method):
         return roi_views.draw(self.view, count, generator)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
-        views = self.make_views(batch)
+        return self._dense(batch, self.make_views(batch), step)[0]
+
+    def _dense(
+        self, batch: dict[str, Any], views: list[roi_views.View], step: int
+    ) -> tuple[dict[str, torch.Tensor], Nuclei | None]:
+        """What `forward` returns, and the nuclei that it has compared."""
         globals_ = self.view.globals
         seen = [roi_nuclei.keys(view) for view in views]
         with torch.no_grad():
@@ -92,15 +96,17 @@ class Muse(Method):
             found = self._image_loss(s_cls, t_cls, step)
             loss = loss + self.settings.image_weight * found.pop("loss_image_")
             out |= found
+        nuclei = None
         if self.settings.nucleus_weight:
             slots = max(1, batch["points"].shape[1])
             keys = [key for key, _, _ in seen]
-            found = self._nucleus_loss(
-                s_nuclei, t_nuclei, keys, step, rois=len(batch["points"]), slots=slots
+            nuclei = self._nuclei(
+                "nucleus", s_nuclei, t_nuclei, keys, step, rois=len(batch["points"]), slots=slots
             )
+            found = self._nucleus_loss(nuclei, "nucleus")
             loss = loss + self.settings.nucleus_weight * found.pop("loss_nucleus_")
-            out |= found
-        return {"loss": loss, **out}
+            out |= {**found, "nucleus_std": spread(torch.cat(s_nuclei))}
+        return {"loss": loss, **out}, nuclei
 
     @torch.no_grad()
     def make_views(self, batch: dict[str, Any]) -> list[roi_views.View]:
@@ -144,10 +150,11 @@ class Muse(Method):
             x.split(rows), y.split(rows), self.student["image"].prototypes(), target,  # type: ignore[operator]
             temperature=self.settings.temperature, chunk=self.settings.chunk,
         )  # fmt: skip
-        return _named(found, "image")
+        return named(found, "image")
 
-    def _nucleus_loss(
+    def _nuclei(
         self,
+        kind: str,
         student: list[torch.Tensor],
         teacher: list[torch.Tensor],
         keys: list[torch.Tensor],
@@ -155,29 +162,32 @@ class Muse(Method):
         *,
         rois: int,
         slots: int,
-    ) -> dict[str, torch.Tensor]:
-        s = self.settings
-        lengths = [len(key) for key in keys]
-        features = torch.cat(student)
-        x = self.student["nucleus"](features)
+    ) -> Nuclei:
+        """Features of the nuclei of views, through the heads of that name, and their targets."""
+        s, lengths = self.settings, [len(key) for key in keys]
+        x = self.student[kind](torch.cat(student))
         with torch.no_grad():
-            y = self.teacher["nucleus"](torch.cat(teacher))
+            y = self.teacher[kind](torch.cat(teacher))
             weights = [
                 dino.nucleus_weights(key, slots=slots, reduction=s.reduction)
                 for key in keys[: len(teacher)]
             ]
-        target = self._target("nucleus", y, torch.cat(weights).to(y.device), step)
+        target = self._target(kind, y, torch.cat(weights).to(y.device), step)
+        t_rows = list(y.split(lengths[: len(teacher)]))
+        return Nuclei(list(x.split(lengths)), t_rows, keys, target, rois, slots)
+
+    def _nucleus_loss(self, nuclei: Nuclei, kind: str) -> dict[str, torch.Tensor]:
+        s, n = self.settings, nuclei
         found = dino.nucleus_loss(
-            x.split(lengths), y.split(lengths[: len(teacher)]), keys,
-            self.student["nucleus"].prototypes(), target, rois=rois, slots=slots,  # type: ignore[operator]
+            n.student, n.teacher, n.keys, self.student["nucleus"].prototypes(), n.target,  # type: ignore[operator]
+            rois=n.rois, slots=n.slots,
             temperature=s.temperature, reduction=s.reduction, chunk=s.chunk,
         )  # fmt: skip
-        spread = _spread(features.detach())
-        return {**_named(found, "nucleus"), "nucleus_std": spread}
+        return named(found, kind)
 
     @torch.no_grad()
     def _target(
-        self, kind: Kind, y: torch.Tensor, weights: torch.Tensor | None, step: int
+        self, kind: str, y: torch.Tensor, weights: torch.Tensor | None, step: int
     ) -> Teacher:
         """What turns the teacher's bottleneck into targets; notes what moves the centre."""
         s, head, centre = self.settings, self.teacher[kind], self.centres[kind]
@@ -217,11 +227,14 @@ class Muse(Method):
         return {"momentum": value}
 
     def encoder(self) -> Any:
+        return self._dense_encoder(self.settings.export)
+
+    def _dense_encoder(self, who: str) -> Any:
         from lemon_muse.dense import DenseEncoder
 
         s = self.setting
         return DenseEncoder(
-            self._net(self.settings.export),
+            self._net(who),
             image_size=self.view.global_size,
             mpp=max(self.view.global_mpp),
             mpp_range=self.view.global_mpp,
@@ -243,19 +256,9 @@ class Muse(Method):
             if f"kl_{kind}" not in logged or (kind == "nucleus" and not logged["matched"]):
                 continue  # a loss of nothing is 0, and is no collapse
             # Cross-entropy of a comparison; the loss itself is larger with reduction='sum'.
-            loss, chance = logged[f"entropy_{kind}"] + logged[f"kl_{kind}"], dino.chance(count)
-            if loss < ONE_HOT * chance:
-                return (
-                    f"one-hot collapse: the {kind} loss is {loss:.3f}, which only targets that "
-                    f"are the same for all give. Lower method.teacher_temperature or optim.lr, or "
-                    f"raise method.momentum."
-                )
-            if late and abs(loss - chance) < NEAR * chance:
-                return (
-                    f"the {kind} loss {loss:.3f} still is chance level {chance:.3f}: its targets "
-                    f"are uniform, nothing is learnt. Lower method.teacher_temperature, or raise "
-                    f"optim.lr."
-                )
+            loss = logged[f"entropy_{kind}"] + logged[f"kl_{kind}"]
+            if said := verdict(kind, loss, count, late=late):
+                return said
         if logged.get("nucleus_std", 1.0) < 0.01:
             return (
                 "uniform collapse: the features of all nuclei are nearly equal. Lower optim.lr, or "
@@ -283,18 +286,3 @@ def _check_sizes(net: MuseNet, view: RoiViewConfig) -> None:
                 f"view.{key}={size} px cannot be cut into patches of {patch} px "
                 f"(backbone.patch); take {near}."
             )
-
-
-def _named(found: dict[str, torch.Tensor], kind: Kind) -> dict[str, torch.Tensor]:
-    """Names for the log; the loss with its gradient under a name that is taken out of it."""
-    rest = {k if "pairs" in k or k == "matched" else f"{k}_{kind}": v for k, v in found.items()}
-    return {f"loss_{kind}_": found["loss"], **{k: v.detach() for k, v in rest.items()}}
-
-
-def _spread(features: torch.Tensor) -> torch.Tensor:
-    """`collapse.measure`'s feature_std of nucleus features; 1 where there are too few."""
-    few = features[:1024].float()
-    if len(few) < 2:
-        return features.new_ones((), dtype=torch.float32)
-    unit = nn.functional.normalize(few, dim=1)
-    return unit.std(0).mean() * few.shape[1] ** 0.5

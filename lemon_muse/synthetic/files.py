@@ -9,7 +9,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def write_images(
         raise UserError(f"slides={slides} cannot be split by patient: give 3 or more.")
     patients = _patients(slides)
     splits = _splits(patients)
-    _claim(folder, {"side": side, "mpp": mpp, "seed": seed, "mitotic_rate": mitotic_rate})
+    claim(folder, {"side": side, "mpp": mpp, "seed": seed, "mitotic_rate": mitotic_rate})
     rows = []
     for index, patient in enumerate(patients):
         name = f"slide{index:03d}"
@@ -78,16 +78,26 @@ def write_images(
                 scanner=index % SCANNERS,
                 mitotic_rate=mitotic_rate,
             )
-            with _finished(folder / image) as part:
-                Image.fromarray(field.image).save(part, "PNG", compress_level=1)
-            _write_nuclei(folder / nuclei, field.xy, field.kinds, key=f"{seed}/{name}/{side}/{mpp}")
+            write_image(folder / image, field.image)
+            write_nuclei(folder / nuclei, field.xy, field.kinds, key=f"{seed}/{name}/{side}/{mpp}")
         rows.append((name, f"patient{patient:03d}", image, nuclei, f"{mpp:g}", splits[patient]))
+    write_table(folder / "slides.csv", rows)
+
+
+def write_table(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
+    """Write slides.csv: (slide, patient, image, nuclei, mpp, split) of each image."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(HEADER)
     writer.writerows(rows)
-    with _finished(folder / "slides.csv") as part:
+    with finished(path) as part:
         part.write_text(table.getvalue(), encoding="utf-8")
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write pixels uint8 [H, W, 3] as PNG."""
+    with finished(path) as part:
+        Image.fromarray(image).save(part, "PNG", compress_level=1)
 
 
 def write_slide(
@@ -130,10 +140,10 @@ def write_slide(
     xy, kinds = world.nuclei()
     key = f"{seed}/{slide}/{side}/{mpp}/{mitotic_rate}"
     # The slide comes last: where it stands, its nuclei stand too.
-    _write_nuclei(path.with_suffix(".geojson"), xy, kinds, key=key)
+    write_nuclei(path.with_suffix(".geojson"), xy, kinds, key=key)
     raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
     try:
-        with _finished(path) as part:
+        with finished(path) as part:
             _draw_raw(world, raw)
             _save_pyramid(world, raw, part)
     finally:
@@ -141,7 +151,7 @@ def write_slide(
     return path
 
 
-def _claim(folder: Path, arguments: dict[str, float]) -> None:
+def claim(folder: Path, arguments: dict[str, float]) -> None:
     """Note the arguments in the folder; files of other arguments must not be taken for ours."""
     note = folder / "generated.json"
     text = json.dumps(arguments) + "\n"
@@ -149,7 +159,7 @@ def _claim(folder: Path, arguments: dict[str, float]) -> None:
         if note.read_text(encoding="utf-8") != text:
             raise UserError(f"{folder} holds tissue of other settings: give another folder.")
         return
-    with _finished(note) as part:
+    with finished(note) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -198,7 +208,7 @@ def _save_pyramid(world: World, raw: Path, part: Path) -> None:
         raise RunError(f"{part} cannot be written: {str(error).splitlines()[0]}.") from None
 
 
-def _write_nuclei(path: Path, xy: np.ndarray, kinds: np.ndarray, *, key: str) -> None:
+def write_nuclei(path: Path, xy: np.ndarray, kinds: np.ndarray, *, key: str) -> None:
     """A GeoJSON FeatureCollection of points in level-0 pixels, one feature per line, as QuPath."""
     lines = []
     for row, ((x, y), kind) in enumerate(zip(xy.tolist(), kinds.tolist(), strict=True)):
@@ -213,12 +223,12 @@ def _write_nuclei(path: Path, xy: np.ndarray, kinds: np.ndarray, *, key: str) ->
         }
         lines.append(json.dumps(feature, separators=(",", ":")))
     text = '{"type":"FeatureCollection","features":[\n' + ",\n".join(lines) + "\n]}\n"
-    with _finished(path) as part:
+    with finished(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _finished(path: Path) -> Iterator[Path]:
+def finished(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; synced and renamed when the block ends well, else removed."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -122,6 +122,10 @@ class Shifted:
         self.image = np.full((1100, 1200, 3), 255, np.uint8)
         self.image[200 : 200 + len(image), 300 : 300 + image.shape[1]] = image
         self.height, self.width = self.image.shape[:2]
+        self.levels = [(self.width, self.height, 1.0)]
+
+    def level_for(self, mpp: float) -> int:
+        return 0
 
     def thumbnail(self, max_side: int) -> np.ndarray:
         return self.image

@@ -14,8 +14,8 @@ from PIL import Image
 
 from data_prep import check, rois
 from data_prep.nuclei_table import read_table
-from lemon_muse.data import geometry
-from lemon_muse.data.reader import CropBatches, RoiReader
+from lemon_muse.data import geometry, stain
+from lemon_muse.data.reader import CropBatches, RoiCropReader, RoiReader
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.data.slides import open_slide
 from lemon_muse.errors import UserError
@@ -70,6 +70,28 @@ def test_inner_nuclei_come_first(made: Path) -> None:
         _, kept = geometry.crop(np.zeros((SIDE, SIDE, 3), np.uint8), xy, size=48, edge="drop")
         np.testing.assert_array_equal(kept, np.arange(row["inner"]))
         assert len(xy) == row["count"]
+
+
+def test_the_stain_of_each_slide_stands_in_the_index(made: Path) -> None:
+    """As read as crops: Macenko over all nuclei's windows, which are more than were looked at."""
+    index = open_index(made).as_crops(48)
+    reader = RoiCropReader(index)
+    pixels: dict[str, list[np.ndarray]] = {name: [] for name in index.header["slides"]}
+    for block in np.flatnonzero(index.blocks["count"]).tolist():
+        name = str(reader.columns(block)["slide"][0])
+        pixels[name].append(reader.pixels(block).reshape(-1, 3))
+    compared = 0
+    for name, parts in pixels.items():
+        said = index.header["slides"][name]["stain"]
+        if not parts:
+            continue
+        wanted = stain.describe(np.concatenate(parts))
+        assert np.abs(np.subtract(said["lab_mean"], wanted["lab_mean"])).max() < 2
+        if said["vectors"] and wanted["vectors"]:
+            cosine = (np.array(said["vectors"]) * np.array(wanted["vectors"])).sum(1)
+            assert np.rad2deg(np.arccos(cosine.clip(-1, 1))).max() < 4
+            compared += 1
+    assert compared > 1
 
 
 def test_plain_tar_and_plain_webdataset_read_them(made: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from launch.embed import Embed, labels, run, work
+from launch.embed import Embed, labels, reading, run, work
 from lemon_muse.backbones.muse import MuseBackbone, build_muse
 from lemon_muse.config import validate
 from lemon_muse.dense import DenseEncoder
@@ -58,7 +58,7 @@ def points_of(file: Path) -> list[tuple[float, float, str]]:
 def test_each_feature_is_what_timm_makes_of_the_window(
     encoder: Path, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "PART", 70)  # several parts, threads ahead of the network
+    monkeypatch.setattr(reading, "PART", 70)  # several parts, threads ahead of the network
     out = run(
         Embed(encoder=str(encoder), slide=slides, nuclei=slides, out=tmp_path / "a.parquet",
               merge=0, workers=2, batch=64)
@@ -152,8 +152,8 @@ def test_dense_features_do_not_depend_on_the_tiles(tmp_path: Path) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from launch.embed import Embed, run, work
-work.PART = 60
+from launch.embed import Embed, reading, run, work
+reading.PART = 60
 saved, left = work._save, [3]
 def save(file, found):
     saved(file, found)
@@ -168,7 +168,7 @@ run(Embed.model_validate_json(sys.argv[1]))
 def test_killed_and_run_again_gives_the_same_file(
     encoder: Path, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "PART", 60)
+    monkeypatch.setattr(reading, "PART", 60)
     words = {"encoder": str(encoder), "slide": slides, "nuclei": slides}
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")

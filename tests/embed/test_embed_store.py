@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep import nuclei_formats
-from launch.embed import Embed, run, work
+from launch.embed import Embed, reading, run
 from lemon_muse.encoder import load
 from lemon_muse.errors import UserError
 from lemon_muse.synthetic import write_slide
@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     forms = [".parquet", ".h5ad", ".zarr"]
     styles = {".parquet": "qupath", ".h5ad": "cellvit"}
     patch = pytest.MonkeyPatch()
-    patch.setattr(work, "PART", 50)
+    patch.setattr(reading, "PART", 50)
     for form in forms if _has("anndata") else forms[:1]:
         cfg = Embed(
             encoder=str(encoder), slide=slide, nuclei=slide.with_suffix(".geojson"),

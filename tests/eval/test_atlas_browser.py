@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from eval.atlas import Atlas, run
-from tests.eval.atlas_material import write_embedded, write_tissue
+from tests.eval.atlas_material import cell, write_embedded, write_tissue
+from tests.eval.atlas_material import opened as read
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -234,14 +235,56 @@ def test_words_are_never_markup_and_dark_is_dark(page: Any) -> None:
     page.wait_for_function("!plot.waiting && SHEETS.image(0, () => {}) !== null")
 
 
+def test_pictures_are_of_their_nuclei_and_move_with_the_map(
+    page: Any, made: tuple[Path, anndata.AnnData]
+) -> None:
+    def shown() -> dict[int, tuple[int, int]]:
+        """Row -> corner of its frame, of the nuclei that lie wholly in view."""
+        page.wait_for_function("!plot.waiting && PICTURES.chosen().every((o) => PICTURES.has(o.i))")
+        found = page.evaluate(
+            "PICTURES.chosen().filter((o) => o.x > 40 && o.y > 40 && o.x < plot.width - 90"
+            " && o.y < plot.height - 90).map((o) => [o.i, o.x, o.y])"
+        )
+        return {i: (x, y) for i, x, y in found}
+
+    page.click("#pictures")
+    before, kept = shown(), read(made[0])
+    assert len(before) > 30
+    painted = page.evaluate(
+        """(rows) => { const w = over.width, out = [];
+          const { data } = over.getContext("2d").getImageData(0, 0, w, over.height);
+          for (const [x, y] of rows) for (let v = y + 2; v < y + 42; v++)
+            out.push(Array.from(data.subarray(4 * (v * w + x + 2), 4 * (v * w + x + 42))));
+          return out; }""",
+        [list(before[row]) for row in list(before)[::7]],
+    )
+    for row, found in zip(list(before)[::7], np.array(painted).reshape(-1, 40, 40, 4), strict=True):
+        assert np.abs(found[..., :3] - cell(kept, row)).mean() < 2
+    left, top = page.evaluate("[over.getBoundingClientRect().x, over.getBoundingClientRect().y]")
+    page.mouse.move(left + 400, top + 300)
+    page.mouse.down()
+    page.mouse.move(left + 420, top + 310)
+    page.mouse.move(left + 431, top + 317)
+    page.mouse.up()
+    after = shown()
+    both = set(before) & set(after)
+    assert len(both) > 0.7 * len(before)
+    moved = np.array([np.subtract(after[i], before[i]) for i in both])
+    assert np.abs(moved - [31, 17]).max() <= 1
+
+
 def test_many_nuclei_and_no_webgl(browser: Any, tmp_path: Path) -> None:
     """The page with files beside it, and the plain canvas that draws where WebGL is missing."""
     tissue = write_tissue(tmp_path, slides=1, side=256)
-    write_embedded(tmp_path / "e.h5ad", tissue, nuclei=10_001, dim=6)
+    file = write_embedded(tmp_path / "e.h5ad", tissue, nuclei=10_001, dim=6)
+    file.obs["patient"] = ""  # as embed writes it where the file name says no patient
+    file.write_h5ad(tmp_path / "e.h5ad")
     path = run(Atlas(data=tmp_path / "e.h5ad", out=tmp_path / "p", projection="pca", neighbours=3))
     with opened(browser, path) as page:
         page.mouse.click(*at(page, 700))
         assert page.locator("#focus .near .thumb").count() == 3
+        said = page.locator("#focus .card").inner_text()
+        assert "cluster" in said and "patient" not in said
     view = opened(browser, path)
     view.context.add_init_script(
         "const real = HTMLCanvasElement.prototype.getContext;"

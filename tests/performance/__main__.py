@@ -19,6 +19,7 @@ BENCHMARKS = (
     "probes",
     "preemption",
     "embed",
+    "recipes",
 )
 OUT = Path("bench.json")
 

@@ -90,31 +90,10 @@ function ring(pen, i, radius, width, ink) {
   pen.stroke();
 }
 
-// Nuclei in place of dots: one in each cell of a grid on the screen, the one nearest its middle.
-function drawPictures(pen) {
-  const size = 46, wide = Math.ceil(plot.width / size), best = new Map();
-  DATA.within(...plot.bounds(), (i) => {
-    if (!DATA.there[i] || !seen(i)) return;
-    const [x, y] = plot.screen(i), column = Math.floor(x / size), row = Math.floor(y / size);
-    const away = (x - (column + 0.5) * size) ** 2 + (y - (row + 0.5) * size) ** 2;
-    const found = best.get(row * wide + column);
-    if (!found || away < found.away) best.set(row * wide + column, { i, away, column, row });
-  });
-  for (const { i, column, row } of best.values()) {
-    const place = SHEETS.at(i), image = SHEETS.image(place.sheet, () => plot.draw());
-    const x = column * size + 1, y = row * size + 1;
-    pen.fillStyle = INK.css(INK.of(state.column, i));
-    pen.fillRect(x, y, size - 2, size - 2);
-    if (image)
-      pen.drawImage(image, place.column * SHEETS.cell, place.row * SHEETS.cell, SHEETS.cell,
-        SHEETS.cell, x + 2, y + 2, size - 6, size - 6);
-  }
-}
-
 plot.above = (pen) => {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink"), ground = style.getPropertyValue("--page");
-  if (state.pictures) drawPictures(pen);
+  if (state.pictures) PICTURES.draw(pen);
   const r = Math.max(5, plot.dot() / 2 + 3);
   if (state.focus >= 0) {
     const [x, y] = plot.screen(state.focus), near = nearOf(state.focus);

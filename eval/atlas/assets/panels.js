@@ -71,20 +71,24 @@ function thumb(i, size, column, act) {
   return element;
 }
 
+// A column in which nothing stands, such as patients that nobody knows, is not shown.
+const filled = (column) => !column.labels || column.labels.length > 0;
+
 function facts(i, column, all) {
   const list = make("dl");
   const row = (name, value) => list.append(make("dt", "", name), make("dd", "", value));
   row("id", DATA.ids[i]);
   const skip = new Set(["x_px", "y_px", "x_um", "y_um", "type", "score"]);
   const type = DATA.named.get("type"), score = DATA.named.get("score");
-  if (type) {
+  if (type && filled(type)) {
     const sure = score ? DATA.word(score, i) : "";
     const tail = sure ? ` (${Number(sure).toFixed(2)})` : "";
     row("type", (DATA.word(type, i) || ATLAS.meta.unknown) + tail);
   }
   const usual = new Set(["slide", "patient", "cluster", column.name]);
   for (const c of DATA.columns)
-    if (!skip.has(c.name) && (all || usual.has(c.name))) row(c.name, DATA.word(c, i) || "–");
+    if (!skip.has(c.name) && (all || usual.has(c.name)) && filled(c))
+      row(c.name, DATA.word(c, i) || "–");
   const x = DATA.named.get("x_um"), y = DATA.named.get("y_um");
   if (x && y)
     row("place", [x, y].map((c) => count(Math.round(c.values[i]))).join(", ") + " µm");
