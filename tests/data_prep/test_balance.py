@@ -1,5 +1,6 @@
 """Balanced weights: looks of known groups, planted duplicates, and what training then draws."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,13 @@ def test_near_duplicates_are_those_of_a_plain_loop(
     assert found.sum() < 1.05 * len(kept)
 
 
+def test_one_that_was_left_out_removes_none() -> None:
+    angle = np.deg2rad([0, 8, 16, 90])
+    vectors = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    found = duplicates.distinct(vectors, cosine=float(np.cos(np.deg2rad(10))), seed=0)
+    assert found.tolist() == [True, False, True, True]
+
+
 def test_looks_are_principal_components(crops: Path, tmp_path: Path) -> None:
     from sklearn.decomposition import PCA
 
@@ -230,10 +238,15 @@ def test_a_job_that_was_cut_goes_on(
     with pytest.raises(UserError, match="of a job with other settings or data"):
         run(Balance(**words, out=tmp_path / "cut.npz", seed=1))
     assert [p.stat().st_mtime_ns for p in kept] == stamps
+    shutil.copytree(tmp_path / "cut.work", tmp_path / "other.work")
+    np.save(tmp_path / "other.work" / kept[0].name, np.zeros_like(np.load(kept[0])))
+    other = run(Balance(**words, out=tmp_path / "other.npz"))
     cut = run(Balance(**words, out=tmp_path / "cut.npz"))
     a, b = read_weights(whole, index), read_weights(cut, index)
     np.testing.assert_array_equal(a.code, b.code)
     np.testing.assert_array_equal(a.weight, b.weight)
+    # What stood was used, not made again: there it was spoilt.
+    assert not np.array_equal(a.code, read_weights(other, index).code)
     before = cut.stat().st_mtime_ns
     run(Balance(**words, out=tmp_path / "cut.npz"))
     assert cut.stat().st_mtime_ns == before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from launch.study import Study, intervals
+from launch.study import Study, intervals, score
 from launch.study.report import Found, Line
 from launch.study.settings import merge, trial, trials
 from launch.study.table import page
@@ -154,6 +154,22 @@ def test_the_table_marks_what_excludes_zero() -> None:
     assert "- four-0: train: broken" in text and "80 nuclei of 4 patients" in text
 
 
+def test_a_benchmark_that_fails_leaves_the_rows_of_the_others(tmp_path: Path) -> None:
+    write_images(tmp_path / "tissue", slides=5, side=128)
+    words = {"encoder": "floor:colour", "probe": "knn", "out": str(tmp_path / "out")}
+    jobs = {
+        "gone": {**words, "benchmark": "folder", "root": str(tmp_path)},
+        "own": {**words, "benchmark": "folder", "root": str(tmp_path / "tissue"), "floors": False},
+    }
+    task = {"jobs": jobs, "hash": "0", "target": str(tmp_path / "rows.json")}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    assert score.main(tmp_path / "task.json") == 1
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert list(found["rows"]) == ["own"] and "wrong folder level" in found["failed"]["gone"]
+    assert {row["probe"] for row in found["rows"]["own"]} == {"knn"}
+    assert found["jobs"] == jobs and found["hash"] == "0"
+
+
 # A real one -----------------------------------------------------------------------------------
 
 
@@ -166,8 +182,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = study(
         data=root / "crops",
         benchmarks={"own": {"benchmark": "folder", "root": str(root / "tissue")}},
-        recipes={"one": {}, "two": {"view": {"policy": "a0"}}, "bad": {"optim.lr": 1e30,
-                 "optim.clip": None}},
+        recipes={"one": {}, "two": {"view": {"policy": "a0"}}, "bad": {"optim.lr": 1e30}},
+        reference="one",
         seeds=[0, 1],
         probe="knn",
         floors=False,
@@ -211,7 +227,9 @@ def test_a_study_is_killed_stopped_and_finished(places: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 1 and "stopped by SIGTERM" in said
-    assert _locked(run / "one-0.lock") is not None, "its runs have ended"
+    free = _locked(run / "one-0.lock")
+    assert free is not None, "its runs have ended"
+    os.close(free)
     done = subprocess.run(words, **given, capture_output=True)
     assert done.returncode == 0, done.stderr
     for name in ("one-0", "two-0", "one-1", "two-1"):
