@@ -23,8 +23,17 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "prep nuclei": ("data_prep.nuclei", "Nuclei", "nuclei of slides: read from files, or detected"),
     "prep crops": ("data_prep.crops", "Crops", "crop shards from slides, or images, with nuclei"),
     "prep rois": ("data_prep.rois", "Rois", "ROI shards: regions with their nuclei"),
+    "prep balance": (
+        "data_prep.balance",
+        "Balance",
+        "weights that even out what training sees: looks, types, slides",
+    ),
     "prep check": ("data_prep.check", "Check", "verify shards and draw a contact sheet"),
-    "train": ("launch.training", "Train", "pretrain: LEMON on crops, or MUSE on ROIs"),
+    "train": (
+        "launch.training",
+        "Train",
+        "pretrain on crops or ROIs: MoCo v3 (LEMON), DINOv2, MUSE",
+    ),
     "views": ("launch.views", "Views", "draw the views that a step of a run sees"),
     "eval": ("eval.run", "Eval", "probe a frozen encoder on a benchmark, beside the floors"),
     "export": ("lemon_muse.export.job", "Export", "an encoder in the form that its users load"),

@@ -21,7 +21,8 @@ Box = tuple[float, float, float]  # left, top, side
 
 FINE = 2
 EDGE, TITLE = 20, 38  # round the picture; above a view
-CROP_SIDE, COLUMNS, GAP = 128, 4, 30  # about the side of a crop; crops in a row; between them
+# About the side of a crop; most crops in a row; between them; px of a row where views are many.
+CROP_SIDE, COLUMNS, GAP, WIDEST = 128, 4, 30, 2000
 PAPER, INK, DIM, BLACK = (30, 30, 34), (240, 240, 240), (165, 165, 170), (0, 0, 0)
 # Bright on dark paper, and hues that H&E does not have.
 COLOURS: tuple[Colour, ...] = (
@@ -58,7 +59,7 @@ def crop_picture(crops: Sequence[ShownCrop], path: Path, *, title: str) -> None:
     sides = [len(crops[0].pixels), *(len(view) for view in crops[0].views)]
     shown = [side * max(1, round(CROP_SIDE / side)) for side in sides]
     wide, high = sum(shown) + 6 * (len(shown) - 1) + GAP, max(shown) + 22
-    columns = min(COLUMNS, len(crops))
+    columns = max(1, min(COLUMNS, len(crops), WIDEST // wide))
     size = (2 * EDGE + columns * wide - GAP, EDGE + TITLE + math.ceil(len(crops) / columns) * high)
     canvas = new_canvas(max(size[0], 600), size[1])
     draw = ImageDraw.Draw(canvas, "RGBA")

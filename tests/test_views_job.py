@@ -245,3 +245,20 @@ def test_help_has_the_words_of_train_and_its_own(capsys: pytest.CaptureFixture[s
     assert cli.main(["views", "--help"]) == 0
     text = capsys.readouterr().out
     assert "default 20" in text and "roi_edge" in text
+
+
+def test_methods_draw_their_own_views(crop_shards: Path, roi_shards: Path, tmp_path: Path) -> None:
+    """DINOv2's local views and a joint run's dense ones are drawn, not MoCo's and not refused."""
+    words = [w for w in LEMON if not w.startswith("method")]
+    dino = "method={name: dinov2, locals: 3, local_size: 8, image_prototypes: 16, hidden: 8}"
+    said = drawn(tmp_path / "dino", [f"data={crop_shards}", "count=2", *words, dino])
+    loop, _ = step_of([f"data={crop_shards}", *words, dino], tmp_path / "a", 0)
+    views = loop.method.views.draw(  # type: ignore[operator, union-attr]
+        16, torch.Generator().manual_seed(0)
+    )
+    assert [len(crop["views"]) for crop in said["crops"]] == [2 + 3] * 2 == [len(views)] * 2
+    muse = drawn(tmp_path / "muse", [f"data={roi_shards}", "count=1", *MUSE])
+    joint = [word.replace("name: muse", "name: joint") for word in MUSE]
+    assert joint != MUSE
+    both = drawn(tmp_path / "joint", [f"data={roi_shards}", "count=1", *joint])
+    assert both["rois"] == muse["rois"] and both["method"] == "joint"

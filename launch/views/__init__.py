@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
+from launch.views.settings import DinoViews, OfCrops, OfRois, Views
 from lemon_muse import distributed, steps
-from lemon_muse.config import Config
 from lemon_muse.data import roi_nuclei, roi_views
 from lemon_muse.data.files import write_atomic
 from lemon_muse.draw import ShownCrop, crop_picture
@@ -22,8 +21,10 @@ from lemon_muse.methods import METHODS
 from lemon_muse.methods.context import ContextConfig, ContextViews
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.crop_views import CropViews
-from lemon_muse.recipe import LemonTrain, Train
-from lemon_muse.recipe_muse import MuseTrain
+from lemon_muse.methods.dinov2 import Dinov2Views
+from lemon_muse.recipe import Train
+
+__all__ = ["Views", "run"]
 
 # Of `Windows.turn`: exchange x and y (4), then mirror x (1) and y (2).
 TURNS = (
@@ -38,37 +39,7 @@ TURNS = (
 )
 
 
-class _Asked(Config):
-    out: Path = Field(Path("runs/views"), description="folder of the pictures and views.json")
-    step: int = Field(0, ge=0, description="the step of the run that is drawn")
-
-
-class Views(_Asked, Train):
-    """Draw what a step of a run sees; the words are those of train, or a run's config.yaml."""
-
-    count: int = Field(gt=0, description="samples of the batch that are drawn")
-
-    @classmethod
-    def variant(cls, tree: dict[str, Any]) -> type[Config]:  # type: ignore[override]
-        """The words of the method that these name."""
-        if cls is not Views:
-            return cls
-        return MuseViews if Train.variant(tree) is MuseTrain else LemonViews
-
-
-class LemonViews(_Asked, LemonTrain):
-    """Crops and their views (methods on crops)."""
-
-    count: int = Field(20, gt=0, description="nuclei of the batch that are drawn, spread over it")
-
-
-class MuseViews(_Asked, MuseTrain):
-    """ROIs, their views and the nuclei that they share (method.name=muse)."""
-
-    count: int = Field(4, gt=0, description="ROIs of the batch that are drawn, one picture each")
-
-
-def run(cfg: LemonViews | MuseViews) -> Path:
+def run(cfg: OfRois | OfCrops) -> Path:
     """Write the pictures and `views.json`; returns the folder.
 
     Raises:
@@ -87,13 +58,13 @@ def run(cfg: LemonViews | MuseViews) -> Path:
         cfg,
         index,
         METHODS[cfg.method.name][1].reads,
-        slides=not isinstance(cfg, MuseViews) and _views_of(cfg, setting).wants_slides,
+        slides=not isinstance(cfg, OfRois) and _views_of(cfg, setting).wants_slides,
         rows=rows,
     )
     batch = batches.batch_at(cfg.step)
     names = batches.reader.describe(batch["samples"])
     cfg.out.mkdir(parents=True, exist_ok=True)
-    if isinstance(cfg, MuseViews):
+    if isinstance(cfg, OfRois):
         facts, line = _draw_rois(cfg, setting, batch, rows, names)
     else:
         facts, line = _draw_crops(cfg, setting, batch, rows, names)
@@ -105,7 +76,7 @@ def run(cfg: LemonViews | MuseViews) -> Path:
 
 
 def _draw_rois(
-    cfg: MuseViews, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
+    cfg: OfRois, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
 ) -> tuple[dict[str, Any], str]:
     """A picture of each ROI; what `views.json` and the line say."""
     found = _with_views(cfg, batch, rows, lambda n, g: roi_views.draw(cfg.view, n, g))
@@ -165,7 +136,7 @@ def _shown(
     images: np.ndarray,
     i: int,
     count: int,
-    cfg: MuseViews,
+    cfg: OfRois,
 ) -> ShownView:
     """View number v of ROI i."""
     globals_ = cfg.view.globals
@@ -205,7 +176,7 @@ def _numbers(
 
 
 def _draw_crops(
-    cfg: LemonViews, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
+    cfg: OfCrops, setting: Setting, batch: dict[str, Any], rows: np.ndarray, names: list[str]
 ) -> tuple[dict[str, Any], str]:
     """One picture of all crops; what `views.json` and the line say."""
     views_of = _views_of(cfg, setting)
@@ -247,13 +218,15 @@ def _draw_crops(
     return {**head, "crops": facts}, line
 
 
-def _views_of(cfg: LemonViews, setting: Setting) -> CropViews:
-    """The views of the method, those of the surroundings among them."""
+def _views_of(cfg: OfCrops, setting: Setting) -> CropViews:
+    """The views of the method, local ones and those of the surroundings among them."""
+    if isinstance(cfg, DinoViews):
+        return Dinov2Views(cfg.method, setting)
     return ContextViews(getattr(cfg.method, "context", ContextConfig()), setting)
 
 
 def _with_views(
-    cfg: LemonViews | MuseViews, batch: dict[str, Any], rows: np.ndarray, draw: steps.Draw
+    cfg: OfRois | OfCrops, batch: dict[str, Any], rows: np.ndarray, draw: steps.Draw
 ) -> dict[str, Any]:
     """The rows of the batch as tensors, pixels on the device, with their rows of the views."""
     found: dict[str, Any] = {k: torch.from_numpy(v) for k, v in batch.items() if k != "samples"}
