@@ -92,7 +92,7 @@ def test_squidpy_takes_it_unchanged(made: Path) -> None:
     squidpy = pytest.importorskip("squidpy")
     anndata = pytest.importorskip("anndata")
     data = anndata.read_h5ad(made / "a.h5ad")
-    squidpy.gr.spatial_neighbors(data, coord_type="generic", n_neighs=6)
+    squidpy.gr.spatial_neighbors_knn(data, n_neighs=6)
     apart = data.obsp["spatial_distances"]
     row = data.obsm["spatial"]
     nearest = np.sort(np.linalg.norm(row - row[0], axis=1))[1:7]

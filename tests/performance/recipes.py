@@ -1,9 +1,10 @@
-"""What every recipe of the study costs to train: CPU time of a step, against a1+gray.
+"""What every recipe of the studies costs to train: CPU time of a step, against its reference.
 
-The recipes are those of `configs/study/brca.yaml`, with its small ViT and budget. All of them are
-open at once and take their steps in turns, so that whatever else the machine does falls on all
-alike; what is counted is the CPU time of the process (on a GPU: the time that passes). Shards hold
-crops of 144 px, as the widest recipe needs, and the same nuclei as ROIs for joint training.
+The recipes are those of `configs/study/brca.yaml` (a small ResNet) and `brca_vit.yaml` (a small
+ViT). All of a study are open at once and take their steps in turns, so that whatever else the
+machine does falls on all alike; what is counted is the CPU time of the process (on a GPU: the time
+that passes). Shards hold crops of 144 px, as the widest recipe needs, and the same nuclei as ROIs
+for joint training.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from lemon_muse.train import Loop
 from tests.performance.crops import REAL
 
 SIZE, ROUNDS, WARM = 144, 8, 1
-STUDY = "study/brca.yaml"
+STUDIES = ("study/brca.yaml", "study/brca_vit.yaml")
 
 
 def run(rounds: int = ROUNDS, batch: int = 128, only: str = "") -> list[dict]:
@@ -32,21 +33,32 @@ def run(rounds: int = ROUNDS, batch: int = 128, only: str = "") -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = _prepare(folder)
-        study = load(Study, [STUDY, f"out={folder}", f"data={folder / 'crops'}", f"only={only}"])
-        turns = {name: _Turns(study, name, folder, batch, device) for name in study.chosen}
-        for number in range(WARM + rounds):
-            for one in turns.values():
-                one.step(count=number >= WARM)
-        peer = turns.get(study.base) or next(iter(turns.values()))
-        about = {"name": "recipes", "cores": torch.get_num_threads(), "data": source}
-        about |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
-        second = "s" if device.type == "cuda" else "s of CPU"
-        rows = []
-        for name, one in turns.items():
-            ratio = one.nuclei_rate / peer.nuclei_rate
-            told = {"what": f"{name}: {one.told}", "unit": f"{one.unit}/{second}"}
-            rows.append({**about, **told, "ours": one.rate, "ratio": ratio, "peer": study.base})
+        rows: list[dict] = []
+        for words in STUDIES:
+            study = load(Study, [words, f"out={folder}", f"data={folder / 'crops'}"])
+            names = [n for n in study.chosen if not only or n in only.split(",")]
+            turns = {name: _Turns(study, name, folder, batch, device) for name in names}
+            for number in range(WARM + rounds):
+                for one in turns.values():
+                    one.step(count=number >= WARM)
+            rows += _rows(study, turns, source, device)
         return rows
+
+
+def _rows(
+    study: Study, turns: dict[str, "_Turns"], source: str, device: torch.device
+) -> list[dict]:
+    peer = turns.get(study.base) or next(iter(turns.values()), None)
+    about = {"name": "recipes", "cores": torch.get_num_threads(), "data": source}
+    about |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    second = "s" if device.type == "cuda" else "s of CPU"
+    rows = []
+    for name, one in turns.items():
+        assert peer is not None
+        ratio = one.nuclei_rate / peer.nuclei_rate
+        told = {"what": f"{name}: {one.told}", "unit": f"{one.unit}/{second}"}
+        rows.append({**about, **told, "ours": one.rate, "ratio": ratio, "peer": study.base})
+    return rows
 
 
 class _Turns:
