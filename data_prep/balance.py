@@ -29,6 +29,7 @@ from lemon_muse.errors import UserError
 SHOWN, ACROSS = 12, 20  # largest and smallest classes on the picture; members of each
 NONE = "unknown"  # name of the class of nuclei without a type
 FREE = {"data", "out", "workers", "device"}  # settings that change nothing in the file
+LATER = {"by", "levels", "rounds", "by_level", "most"}  # … nothing in what is kept until the end
 
 
 class Balance(Config):
@@ -85,6 +86,10 @@ def run(cfg: Balance) -> Path:
     """
     index = open_index(cfg.data, kind="crops")
     settings = cfg.model_dump(mode="json", exclude=FREE)
+    if cfg.encoder is not None:
+        from lemon_muse.encoder import load
+
+        settings["encoder_hash"] = load(cfg.encoder).content_hash  # the folder may hold another one
     if cfg.out.suffix != ".npz":
         raise UserError(f"out={cfg.out} must end in .npz.")
     if _finished(cfg, index, settings):
@@ -125,13 +130,18 @@ def _finished(cfg: Balance, index: Index, settings: dict[str, Any]) -> bool:
 def _work_folder(cfg: Balance, index: Index, settings: dict[str, Any]) -> Path:
     """The folder of what is kept until the end; that of other settings or data is refused."""
     work = cfg.out.with_suffix(".work")
-    now = json.dumps({"of": belongs(index), **settings}, indent=1)
+    kept = {key: value for key, value in settings.items() if key not in LATER}
+    now = json.dumps({"of": belongs(index), **kept}, indent=1)
     note = work / "settings.json"
     if note.is_file() and note.read_text(encoding="utf-8") != now:
         raise UserError(
             f"{work} is of a job with other settings or data that was not finished; delete it, or "
             f"give another out=."
         )
+    # It is removed in the end, so it must be ours; a file that was being written is.
+    ours = note.is_file() or not work.exists()
+    if not ours and not (work.is_dir() and all(p.suffix == ".tmp" for p in work.iterdir())):
+        raise UserError(f"{work} is needed and holds something else; give another out=.")
     work.mkdir(parents=True, exist_ok=True)
     write_atomic(note, now.encode())
     return work
@@ -165,10 +175,10 @@ def _classes(cfg: Balance, index: Index, code: np.ndarray, vectors: np.ndarray |
     if cfg.by == "cluster":
         assert vectors is not None
         levels = cfg.levels or kmeans_tree.default_levels(len(left))
-        if levels[0] > len(left) or any(a <= b for a, b in pairwise(levels)):
+        if levels[0] > len(left) or any(a <= b for a, b in pairwise((*levels, 0))):
             raise UserError(
-                f"levels={list(levels)} must fall from level to level and begin with at most "
-                f"{len(left)}, the nuclei that are left."
+                f"levels={list(levels)} must fall from level to level, begin with at most "
+                f"{len(left)}, the nuclei that are left, and end with 1 or more."
             )
         print(f"{len(left)} nuclei into {' > '.join(map(str, levels))} clusters", flush=True)
         tree = kmeans_tree.grow(vectors[left], levels, rounds=cfg.rounds, seed=cfg.seed)

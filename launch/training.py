@@ -13,7 +13,7 @@ from lemon_muse.train import run as train
 __all__ = ["Train", "run"]
 
 # Methods whose encoder has a map that is read at nuclei.
-DENSE = ("muse", "dino")
+DENSE = ("muse",)
 
 
 def run(cfg: Train) -> Path:

@@ -34,6 +34,11 @@ class Config(BaseModel):
         """The model for these settings, where their kind depends on what they say."""
         return cls
 
+    @classmethod
+    def elsewhere(cls, key: str) -> str | None:
+        """A clause on which other variant has this key, which the model has not."""
+        return None
+
 
 C = TypeVar("C", bound=Config)
 
@@ -208,6 +213,8 @@ def _sentence(model: type[Config], error: ValidationError) -> str:
     if key not in known and len(parts) > 2:
         key = ".".join(p for i, p in enumerate(parts) if i != len(parts) - 2)
     if first["type"] == "extra_forbidden":
+        if other := model.elsewhere(key):
+            return f"unknown key '{key}': {other}."
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else f"; the keys are: {', '.join(known)}."
         return f"unknown key '{key}'{hint}"
@@ -220,7 +227,9 @@ def _sentence(model: type[Config], error: ValidationError) -> str:
         return f"'{key}.name' must be one of {tags}."
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"'{key}' is {first['input']!r}: {message}."
+    if isinstance(first["loc"][-1], int):  # an item of a list: the key is that of the list
+        key = ".".join(parts[:-1])
+    return f"'{key}' is {first['input']!r}: {message.removesuffix('.')}."
 
 
 def _example(model: type[Config]) -> str:

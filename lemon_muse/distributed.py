@@ -135,8 +135,16 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batch of all ranks, on any device.
 
     torch's own SyncBatchNorm runs on GPUs only; this one serves CPU ranks (and the tests that
-    K ranks equal one). Equal local batch sizes are assumed.
+    K ranks equal one). Equal local batch sizes are assumed. What timm puts behind the normalisation
+    inside its batch norms (`drop`, `act`) stays: under the same names, so that weights load.
     """
+
+    def after(self, x: torch.Tensor) -> torch.Tensor:
+        """What timm's BatchNormAct2d does next; nothing behind a plain batch norm."""
+        for name in ("drop", "act"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         if x.dim() < 2:
@@ -144,7 +152,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world() == 1:
-            return super().forward(x)
+            return self.after(super().forward(x))
         axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = x.float()
@@ -163,7 +171,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.float().view(shape) + self.bias.float().view(shape)
-        return out.to(x.dtype)
+        return self.after(out.to(x.dtype))
 
 
 def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -171,7 +179,10 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     if world() == 1:
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers import convert_sync_batchnorm
+
+        # torch's own would lose the activations inside timm's batch norms.
+        return convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             new = SyncBatchNorm(
@@ -184,9 +195,10 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
             new.load_state_dict(child.state_dict())
             for copied, own in zip(new.parameters(), child.parameters(), strict=True):
                 copied.requires_grad_(own.requires_grad)  # a momentum copy stays frozen
-            # timm fuses an activation into its batch norm; keep what follows the normalisation.
-            after = [getattr(child, n) for n in ("drop", "act") if hasattr(child, n)]
-            setattr(module, name, nn.Sequential(new, *after) if after else new)
+            for part in ("drop", "act"):
+                if hasattr(child, part):
+                    setattr(new, part, getattr(child, part))
+            setattr(module, name, new)
         else:
             sync_batch_norm(child, device)
     return module

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from lemon_muse import distributed
 from lemon_muse.backbones import Backbone
-from lemon_muse.config import Config
+from lemon_muse.config import Config, flat_keys
 from lemon_muse.data.augment import ViewConfig
-from lemon_muse.data.compose import Subset, select
+from lemon_muse.data.compose import Subset, choose_slides, select
 from lemon_muse.data.shards import Index, open_index
 from lemon_muse.errors import UserError
 from lemon_muse.methods.context import ContextConfig, stored_size
@@ -98,6 +98,25 @@ class Train(Config):
             return found
         return LemonTrain
 
+    @classmethod
+    def elsewhere(cls, key: str) -> str | None:
+        here = cls.model_fields["method"].default.name
+        names = ["moco_v3", *VARIANTS]
+        having = [
+            name
+            for name in names
+            if any(
+                known == key or known.startswith(f"{key}.")
+                for known in flat_keys(Train.variant({"method": {"name": name}}))
+            )
+        ]
+        if not having:
+            return None
+        return (
+            f"method.name={here} has no such key, it goes with method.name={' or '.join(having)}; "
+            f"see lemon-muse train method.name={here} --help"
+        )
+
     @model_validator(mode="after")
     def _fits(self) -> "Train":
         if self.batch % self.accumulate:
@@ -144,7 +163,15 @@ class Train(Config):
         if self.normalise != "shards":
             mean, std = NORMS[self.normalise]
         facts = {"stored": index.size, "mpp": index.mpp, "mean": mean, "std": std}
-        return self.told({**facts, "slides": index.slides})
+        return self.told({**facts, "slides": self._slides(index)})
+
+    def _slides(self, index: Index) -> dict[str, dict[str, Any]]:
+        """`Index.slides`, with a count of 0 for those that `subset` leaves out."""
+        about = index.slides
+        if not self.subset.by_slide:
+            return about
+        pairs = zip(about.items(), choose_slides(index, self.subset), strict=True)
+        return {name: slide if mine else {**slide, "count": 0} for (name, slide), mine in pairs}
 
     def setting_again(self, facts: dict[str, Any]) -> Setting:
         """The setting of a run, from its settings and `shard_facts`."""
@@ -226,6 +253,7 @@ VARIANTS = {
 FREE = (
     "data",
     "out",
+    "subset.cache",
     "save_every",
     "keep",
     "workers",

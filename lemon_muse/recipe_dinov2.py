@@ -3,7 +3,7 @@
 Its `ssl_default_config.yaml`: weight decay 0.04 to 0.4, clipping at 3, a warm-up of a tenth of the
 run, no decay of biases and norms. Its base rate 4e-3 at a batch of 1024 goes with a decay from
 layer to layer that there is none of here; the rate is that of its ViT-L/14, which DinoBloom took
-for cells, too.
+for cells, too. That the patch projection learns at a fifth of the rate is left out.
 """
 
 import math
@@ -33,7 +33,9 @@ class Dinov2Optim(MuseOptim):
 
 
 class Dinov2Backbone(Backbone):
-    """The encoder network: a ViT whose patch projection and positions are learnt, as DINOv2's."""
+    """The encoder network: LEMON's (ViT-S: 12 heads where DINOv2's has 6; MoCo v3's first weights),
+    with patch projection and positions learnt, as in DINOv2.
+    """
 
     freeze_patch: bool = Field(
         False, description="ViT: keep the random patch projection fixed (MoCo v3's stability trick)"
@@ -47,7 +49,10 @@ class Dinov2Train(LemonTrain):
     """Pretrain a nucleus encoder on crops with DINOv2 (method.name=dinov2)."""
 
     accumulate: int = Field(
-        1, gt=0, description="parts that a rank's batch is split into; each spreads by itself"
+        1,
+        gt=0,
+        description="parts that a rank's batch is split into; each spreads (and, with sinkhorn, "
+        "makes its targets) by itself",
     )
     method: Dinov2Config = Field(Dinov2Config(), description="the method")  # type: ignore[assignment]
     backbone: Dinov2Backbone = Field(Dinov2Backbone(), description="the network")

@@ -22,7 +22,7 @@ from lemon_muse.data import compose
 from lemon_muse.data.order import part
 from lemon_muse.data.shards import Index
 from lemon_muse.encoder import save_encoder
-from lemon_muse.errors import RunError, Stopped
+from lemon_muse.errors import RunError, Stopped, UserError
 from lemon_muse.methods import METHODS
 from lemon_muse.methods.contract import Method
 from lemon_muse.monitor import Clock, Monitor
@@ -83,6 +83,8 @@ class Loop:
             rank=distributed.rank(),
             world=distributed.world(),
         )
+        chosen = self.batches.order.chosen
+        self.part = "" if chosen is None else chosen.digest()
         self.dtype = steps.precision(cfg)
         if device.type == "cpu" and self.dtype == torch.bfloat16:
             use_plain_attention(self.method)
@@ -98,6 +100,11 @@ class Loop:
         found, self.found = self.found, None
         if found is not None:
             self.step, state = found
+            if state.get("part", self.part) != self.part:
+                raise UserError(
+                    f"{self.cfg.out} was trained on another part: the file subset.weights or "
+                    f"subset.table, or the shards have changed; give those it had, or another out=."
+                )
             self.method.load_state_dict(state["method"])
             self.optimiser.load_state_dict(state["optimiser"])
         found_by = distributed.objects_of_ranks(self.step)
@@ -119,6 +126,7 @@ class Loop:
                 "optimiser": self.optimiser.state_dict(),
                 "config": self.cfg.model_dump_json(),
                 "shards": json.dumps(shard_facts(self.setting)),
+                "part": self.part,
                 "version": rundir.__version__,
             }
             checkpoint.save(self.cfg.out / "checkpoints", self.step, state, keep=self.cfg.keep)

@@ -151,3 +151,19 @@ def test_colons_are_no_numbers_to_the_base_of_sixty() -> None:
     given = ["7:8", "12:30.5", "10", "-3", "0x10", "1.5", "1.0e-3", "true", "null", "1_000"]
     found = [_read_value("key", text) for text in given]
     assert found == ["7:8", "12:30.5", 10, -3, 16, 1.5, 1e-3, True, None, 1000]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method.name=muse", "view.policy=size"], "goes with method.name=moco_v3 or dinov2; see"),
+        (["view.placement=anchored"], "method.name=moco_v3 has no such key, it goes with "),
+        (["method.name=muse", "method.crop_backbone={patch: 4}"], "goes with method.name=joint;"),
+        (["method.name=muse", "view.placment=anchored"], "did you mean 'view.placement'?"),
+        (["view.gaussians=5"], "'gaussians' has no effect: 'restain', its probability, is 0."),
+    ],
+)
+def test_a_key_that_does_not_belong_is_named_as_such(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(Train, ["data=somewhere", *words])
+    assert said in str(error.value) and not re.search(r"\n|\.\.$", str(error.value))

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from lemon_muse import distributed
 from lemon_muse.data.reader import CropBatches
 from lemon_muse.data.shards import open_index
 
@@ -148,3 +150,26 @@ def test_a_run_on_two_ranks_is_stopped_by_a_signal_and_goes_on_with_one(
     assert one.keys() == two.keys() == set(range(1, 13))
     for step, value in one.items():
         assert two[step] == pytest.approx(value, rel=5e-3), step
+
+
+def test_synced_batch_norms_keep_what_timm_puts_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Activations inside timm's batch norms stay, and so do the names of the weights."""
+    import timm
+
+    torch.manual_seed(0)
+    plain = timm.create_model("efficientnet_lite0", num_classes=0, drop_path_rate=0.0).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-1, 1)  # type: ignore[union-attr, operator]
+        expected = plain(x)
+        before = plain.state_dict()
+        monkeypatch.setattr(distributed, "world", lambda: 2)
+        synced = distributed.sync_batch_norm(plain, torch.device("cpu"))
+        assert any(isinstance(m, distributed.SyncBatchNorm) for m in synced.modules())
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synced.modules())
+        assert synced.state_dict().keys() == before.keys()
+        torch.testing.assert_close(synced.eval()(x), expected)

@@ -143,5 +143,7 @@ class Reader:
     def _buffer(self, count: int) -> np.ndarray:
         """uint8 [count, S, S, 3], not filled. New pages for each piece would cost 4% of a job."""
         side = self.look.window
-        kept = self.free.pop() if self.free else np.empty((_most(self.look), side, side, 3), "u1")
-        return kept[:count]
+        try:
+            return self.free.pop()[:count]
+        except IndexError:  # none, or another thread was faster
+            return np.empty((_most(self.look), side, side, 3), "u1")[:count]

@@ -110,9 +110,13 @@ def collect(cfg: Study, every: list[Trial]) -> Found:
     """Estimates of all finished runs against the reference on the same nuclei."""
     found = Found(costs=_costs(every))
     cells: dict[tuple[str, str], dict[str, dict[int, Predicted]]] = {}
+    left: dict[tuple[str, str], None] = {}
     for trial in every:
         for benchmark, rows in scored(cfg, trial).items():
-            for probe, said in _predictions(cfg, trial, rows).items():
+            predictions = _predictions(cfg, trial, rows)
+            left |= {(benchmark, row["probe"]): None for row in rows
+                     if _is_mine(row) and row["probe"] not in predictions}  # fmt: skip
+            for probe, said in predictions.items():
                 runs = cells.setdefault((benchmark, probe), {})
                 runs.setdefault(trial.recipe, {})[trial.seed] = said
                 found.sizes[benchmark] = (len(said.labels), len(np.unique(said.patient)))
@@ -120,15 +124,25 @@ def collect(cfg: Study, every: list[Trial]) -> Found:
     order = list(cfg.benchmarks)
     for (benchmark, probe), runs in sorted(cells.items(), key=lambda x: order.index(x[0][0])):
         found.lines += _lines(cfg, benchmark, probe, runs, found.notes)
+    found.notes += [
+        f"{benchmark}, {probe}: not in a table, which only has predictions of classes (not genes, "
+        f"not robustness); its numbers are in results.jsonl."
+        for benchmark, probe in left
+    ]
+    found.notes = list(dict.fromkeys(found.notes))
     return found
+
+
+def _is_mine(row: dict[str, Any]) -> bool:
+    """Whether it is of the run's encoder, not of a floor."""
+    return not row["encoder"].startswith(("floor:", "random:"))
 
 
 def _predictions(cfg: Study, trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Predicted]:
     """By probe; probes without predictions of classes are left out."""
     out = {}
     for row in rows:
-        mine = not row["encoder"].startswith(("floor:", "random:"))
-        if not mine or row["metric"] != "balanced_accuracy":
+        if not _is_mine(row) or row["metric"] != "balanced_accuracy":
             continue
         path = results.predictions_path(cfg.out, results.key_of(row), encoder=row["encoder"])
         if not path.is_file():
@@ -178,7 +192,7 @@ def _values(cfg: Study, said: Predicted) -> dict[str, np.ndarray]:
 def _add_floors(found: Found, trial: Trial, benchmark: str, rows: list[dict[str, Any]]) -> None:
     """Rows of floors as eval gives them: one seed, intervals over patients."""
     for row in rows:
-        if row["encoder"].startswith(("floor:", "random:")) and row["metric"] in intervals.METRICS:
+        if not _is_mine(row) and row["metric"] in intervals.METRICS:
             name = row["encoder"].replace(trial.name, trial.recipe)
             facts = {k: row[k] for k in ("probe", "metric", "value", "ci_low", "ci_high")}
             key = (benchmark, f"{name} {row['probe']}", row["metric"])

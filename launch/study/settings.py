@@ -15,7 +15,6 @@ from lemon_muse.errors import UserError
 from lemon_muse.recipe import FREE, Train
 
 # Keys of a recipe that are no words of `train`.
-TAKEN = ("recipes", "reference", "common", "seeds")  # of the study that another one is like
 OWN = ("config", "data", "eval", "without")
 
 
@@ -34,9 +33,6 @@ class Study(Config):
         brca: {benchmark: brcam2c, root: data/brca-m2c}
     """
 
-    like: str = Field(
-        "", description="study file whose recipes, reference, common words and seeds this one has"
-    )
     recipes: dict[str, dict[str, Any]] = Field(
         description="name: words of train, and config=FILE, data=, without= (common words), eval="
     )
@@ -61,23 +57,12 @@ class Study(Config):
     )
     title: str = Field("Study", description="heading of the table")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not given.get("like"):
-            return given
-        other = read(cls, [given["like"]])
-        tree = {key: other[key] for key in TAKEN if key in other}
-        merge(tree, given)
-        return tree
-
     @model_validator(mode="after")
     def _fits(self) -> "Study":
         for name in (*self.recipes, *self.benchmarks):
-            if not re.fullmatch(r"\w[\w+.-]*", name):
-                raise ValueError(
-                    f"'{name}' names files: use letters, digits, '_', '+', '-' and '.'."
-                )
+            # No dot: recipes.a.b=… is two keys.
+            if not re.fullmatch(r"\w[\w+-]*", name):
+                raise ValueError(f"'{name}' names files: use letters, digits, '_', '+' and '-'.")
         if not self.recipes or not self.benchmarks or not self.seeds:
             raise ValueError("a study needs at least one of recipes, benchmarks and seeds.")
         if len(set(self.seeds)) < len(self.seeds):
@@ -226,10 +211,12 @@ def _flat(train: Train) -> dict[str, Any]:
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
+            if prefix + key in FREE:
+                continue
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
                 out[prefix + key] = value
 
-    walk(train.model_dump(mode="json", exclude=set(FREE)), "")
+    walk(train.model_dump(mode="json"), "")
     return out

@@ -23,6 +23,7 @@ from lemon_muse.stop import Stop
 
 EVERY = 60.0  # seconds between two lines about the runs that go on
 LOOK = 0.2  # seconds between two looks at the processes
+MARK = "== study: "  # begins the line in a run's log before what a process says
 
 
 def run(cfg: Study) -> Path:
@@ -72,8 +73,19 @@ def _check(cfg: Study, chosen: list[Trial]) -> None:
     for one in {trial.recipe: trial for trial in chosen}.values():
         try:
             one.train.check(one.train.open_data())
+            for words in eval_words(cfg, one).values():
+                _check_probes(validate(Eval, words).probe)
         except UserError as error:
             raise UserError(f"recipe {one.recipe}: {error}") from None
+
+
+def _check_probes(words: str) -> None:
+    from eval.probes import PROBES
+
+    known = (*PROBES, "robustness", "all")
+    for word in words.split(","):
+        if word.strip() not in known:
+            raise UserError(f"probe={words} is not known; there are {', '.join(known)}.")
 
 
 def eval_words(cfg: Study, trial: Trial) -> dict[str, dict[str, Any]]:
@@ -193,6 +205,8 @@ class Queue:
     def _process(self, trial: Trial, lock: int, *words: str) -> "subprocess.Popen[bytes]":
         threads = {"OMP_NUM_THREADS": str(self.cfg.threads), "OMP_WAIT_POLICY": "passive"}
         with trial.beside(".log").open("ab") as log:
+            log.write(f"{MARK}{' '.join(words)}\n".encode())
+            log.flush()
             return subprocess.Popen(
                 [sys.executable, "-m", *words],
                 stdin=subprocess.DEVNULL,
@@ -253,8 +267,9 @@ def _locked(path: Path) -> int | None:
 
 
 def _reason(trial: Trial, part: str, code: int) -> str:
-    """The sentence that a job ended with."""
-    lines = trial.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+    """The sentence that a job ended with; what earlier ones said is above it in the log."""
+    text = trial.beside(".log").read_text(encoding="utf-8", errors="replace")
+    lines = text.rpartition(MARK)[2].splitlines()
     said = [line.removeprefix("lemon-muse: ") for line in lines if line.startswith("lemon-muse: ")]
     why = said[-1] if said and code > 0 else f"ended with code {code}"
     return f"{part}: {why.rstrip('.')} (see {trial.beside('.log')})"

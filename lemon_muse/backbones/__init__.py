@@ -5,12 +5,13 @@ timm unchanged. Short names are ViTs for small windows; any other name is looked
 exception is a ViT of two windows (`backbone.inner`), which only this package loads.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from lemon_muse.backbones.two_windows import ARCHITECTURE, TwoWindows, check_sides
@@ -25,6 +26,7 @@ VITS: dict[str, tuple[str, int]] = {
     "vit_small": ("vit_small_patch16_224", 12),
     "vit_base": ("vit_base_patch16_224", 12),
 }
+PATCH = re.compile(r"patch(\d+)")  # in timm's names
 
 
 class Backbone(Config):
@@ -33,7 +35,11 @@ class Backbone(Config):
     name: str = Field(
         "vit_small", description="vit_tiny, vit_small, vit_base or any timm model name"
     )
-    patch: int = Field(8, gt=0, description="ViT patch side, px; must divide the window")
+    patch: int = Field(
+        8,
+        gt=0,
+        description="ViT patch side, px; must divide the window; a timm name with one has its own",
+    )
     heads: int | None = Field(None, description="ViT attention heads; none = the method's table")
     pool: Literal["token", "avg"] = Field(
         "token", description="ViT feature: class token or mean of patches"
@@ -53,6 +59,16 @@ class Backbone(Config):
         description="ViT: two windows in one network, the middle of this side (px) at full "
         "resolution and the whole window averaged down to it; none = one window",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_patch(cls, given: Any) -> Any:
+        """Saved settings hold every field: what was built must not hang on which were given."""
+        if isinstance(given, dict) and "patch" not in given:
+            found = PATCH.search(str(given.get("name", "")))
+            if found is not None:
+                return {**given, "patch": int(found[1])}
+        return given
 
 
 def arguments_of(settings: Backbone, window: int) -> tuple[str, dict[str, Any]]:
@@ -87,7 +103,9 @@ def timm_arguments(settings: Backbone, window: int) -> tuple[str, dict[str, Any]
                 f"use one of {[p for p in range(2, window + 1) if window % p == 0]}."
             )
         chosen: dict[str, Any] = {"img_size": window, "global_pool": settings.pool}
-        if settings.name in VITS or "patch" in settings.model_fields_set:
+        usual = Backbone.model_fields["patch"].default
+        # Hybrids (vit_small_r26_s32_224) have no patch in their name, and no 8 px either.
+        if settings.name in VITS or PATCH.search(settings.name) or settings.patch != usual:
             chosen["patch_size"] = settings.patch
         if settings.heads or heads:
             chosen["num_heads"] = settings.heads or heads

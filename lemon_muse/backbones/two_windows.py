@@ -60,7 +60,7 @@ class TwoWindows(nn.Module):
             if not parts:
                 parts.append(tokens[:, :prefix])
             parts.append(tokens[:, prefix:] + scale)
-        return vit.norm(vit.blocks(vit.norm_pre(torch.cat(parts, 1))))
+        return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(torch.cat(parts, 1)))))
 
     def windows(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The middle as it is, and the whole averaged: float [B, 3, inner, inner] each."""

@@ -101,7 +101,11 @@ class ViewConfig(Config):
     def _fill(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {**POLICIES.get(str(given.get("policy", "a1+gray")), {}), **given}
+        filled = {**POLICIES.get(str(given.get("policy", "a1+gray")), {}), **given}
+        for name, switch in (("gaussians", "restain"), ("hed_range", "hed")):
+            if name in given and switch not in filled:
+                raise ValueError(f"'{name}' has no effect: '{switch}', its probability, is 0.")
+        return filled
 
     @model_validator(mode="after")
     def _ordered(self) -> "ViewConfig":

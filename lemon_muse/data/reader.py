@@ -85,6 +85,10 @@ class BlockReader:
             os.close(file)
         self._files.clear()
 
+    def forget(self, block: int) -> None:
+        """Let go what is kept of a block's slides: of all blocks it would be 4 bytes a nucleus."""
+        self._slides.pop(block, None)
+
     def recycle(self, pixels: np.ndarray) -> None:
         """Take back the memory of a block that nobody looks at any more.
 
@@ -270,6 +274,7 @@ class CropBatches(Batches):
         if len(self._blocks) + len(wanted - self._blocks.keys()) > limit:
             for b in [b for b in self._blocks if b not in wanted]:
                 gone = self._blocks.pop(b)
+                self.reader.forget(b)
                 if isinstance(gone, np.ndarray):
                     self.reader.recycle(gone)
         for b in wanted - self._blocks.keys():

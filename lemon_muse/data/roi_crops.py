@@ -42,7 +42,7 @@ def choose(
         seen: bool [b, n], nuclei that come first.
         counts: int64 [b], nuclei of each ROI, at most n.
         seed: int64 [b], as for `roi_nuclei.priority`: a ROI's choice depends on its seed alone.
-        first: int64 [b], the nucleus before all others; -1 for none.
+        first: int64 [b], the nucleus before the others that are seen (or not) as it is; -1: none.
         most: k, at least 1.
     """
     room = seen.shape[1]

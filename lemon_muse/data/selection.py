@@ -4,6 +4,8 @@ Blocks stay the unit of reading. What a pass has is a function of (seed, pass), 
 stays exact; only sums over blocks are held, rows are worked out when their window is read.
 """
 
+import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,6 +44,13 @@ class Selection:
     def total(self) -> int:
         """Samples of a pass; the same for every pass."""
         return int(self.counts.sum()) if self.draw is None else self.draw.total
+
+    def digest(self) -> str:
+        """16 hex digits of what is chosen and how it is drawn, whatever the settings say."""
+        found = hashlib.blake2b(self.counts.astype(np.int64).data, digest_size=8)
+        for array in (self.slides, self.draw and self.draw.code, self.draw and self.draw.units):
+            found.update(b"/" if array is None else np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def counts_at(self, number: int) -> np.ndarray:
         """Samples that each block gives to a pass, int64 [n_blocks]."""
@@ -122,7 +131,8 @@ def weighted(chosen: Selection, code: np.ndarray, weight: np.ndarray) -> Selecti
     numbers = np.zeros(len(weight), np.int64)
     for start in range(0, len(code), CHUNK):
         numbers += np.bincount(code[start : start + CHUNK] + 1, minlength=len(weight) + 1)[1:]
-    if not (whole := float(numbers @ weight)):
+    # fsum: one result on every machine, so that draws and digest are those of the others too.
+    if not (whole := math.fsum((numbers * weight).tolist())):
         raise ValueError("no sample has a weight above 0")
     scale = EXACT / whole
     units = np.append(np.rint(np.asarray(weight) * scale).astype(np.int64), 0)

@@ -95,7 +95,7 @@ def fit(points: np.ndarray, components: int, *, seed: int) -> Mixture:
     centre, scale = points.mean(0), np.maximum(points.std(0), NARROW)
     kind = "full" if len(points) >= FULL * components else "diag"
     model = GaussianMixture(
-        components, covariance_type=kind, reg_covar=SHRINK, n_init=3, random_state=seed
+        components, covariance_type=kind, reg_covar=SHRINK, n_init=3, random_state=seed % 2**32
     )
     with warnings.catch_warnings():  # equal slides make fewer clusters; EM that stops early is good
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -113,13 +113,15 @@ class Stains:
     """The stains of a set's slides, for views that are stained otherwise.
 
     Args:
-        slides: what the index says of each slide, in the order of the numbers in a batch.
+        slides: what the index says of each slide, in the order of the numbers in a batch. Slides
+            of which a run sees no nucleus (`count` 0) have no part in the fits.
         seed: of the fits.
     """
 
     def __init__(self, slides: dict[str, dict[str, Any]], *, seed: int) -> None:
         self.seed, self._fitted = seed, {}  # type: tuple[int, dict[int, Mixture]]
-        told = [slide.get("stain") for slide in slides.values()]
+        told = [slide.get("stain") if slide["count"] else None for slide in slides.values()]
+        self.read = sum(bool(slide["count"]) for slide in slides.values())
         self.measured = any("stain" in slide for slide in slides.values())
         ruifrok = np.array(RUIFROK) / np.linalg.norm(RUIFROK, axis=1, keepdims=True)
         own = np.repeat(ruifrok[None], len(told), 0)
@@ -183,7 +185,7 @@ class Stains:
             )
         fewer = f"view.gaussians={have} or fewer, " if have >= 2 else ""
         raise UserError(
-            f"view.gaussians={components} needs {need} slides with two stains, but the shards "
-            f"have {have} (of {len(self.known)} slides); use {fewer}view.policy=a1+hed, a1, or "
-            f"shards of more slides."
+            f"view.gaussians={components} needs {need} slides with two stains, but the run's "
+            f"nuclei have {have} (of {self.read} slides); use {fewer}view.policy=a1+hed, a1, or "
+            f"more slides."
         )

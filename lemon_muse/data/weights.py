@@ -8,6 +8,7 @@ checksum of the set that it belongs to.
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from lemon_muse.data.shards import Index
 from lemon_muse.errors import UserError
 
 SCHEMA = 1
+# What a file that is none of these, or a damaged one, raises when it is read.
+DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,19 @@ def read_weights(path: Path, index: Index) -> Weights:
             found = Weights(members["code"], members["weight"], members["names"], about)
     except FileNotFoundError:
         raise UserError(f"there is no file of weights {path}; {again}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is no file of weights ({error}); {again}.") from None
     if about.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {about.get('schema')!r}, not {SCHEMA}; {again}.")
     if about.get("of") != belongs(index) or len(found.code) != index.count:
         raise UserError(
             f"the weights in {path} are of another set of shards than {index.folder}; {again}."
+        )
+    code, weight = found.code, found.weight
+    inside = code.min(initial=-1) >= -1 and code.max(initial=-1) < len(weight)
+    if not inside or not (np.isfinite(weight) & (weight >= 0)).all():
+        raise UserError(
+            f"{path} has weights below 0 or not finite, or classes without a weight; {again}."
         )
     return found
 

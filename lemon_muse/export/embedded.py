@@ -70,7 +70,8 @@ def write(table: Path, out: Path, cfg: Tokens) -> str:
         A sentence about what was written.
 
     Raises:
-        UserError: no such table, no classes for the cache, or a package is missing.
+        UserError: no such table, no classes for the cache, a folder whose classes have other
+            numbers, or a package is missing.
     """
     from lemon_muse.export.cellvit_tokens import write_cell_graph
 
@@ -81,6 +82,8 @@ def write(table: Path, out: Path, cfg: Tokens) -> str:
         raise UserError(f"{table} has no column '{cfg.column}'; embed with classify.benchmark= .")
     kinds = held.columns[cfg.column].astype(str)
     classes = cfg.classes or tuple(sorted(set(np.unique(kinds).tolist()) - {""}))
+    numbered = json.dumps(dict(enumerate(classes)), indent=1)
+    _refuse_other_classes(out / "classes.json", numbered)
     slides = held.columns["slide"].astype(str)
     xy = _places(held, slides)
     # What can be refused goes first.
@@ -94,7 +97,7 @@ def write(table: Path, out: Path, cfg: Tokens) -> str:
             "encoder": {k: _plain(v) for k, v in held.about["encoder"].items()},
         }
         write_cell_graph(out / f"{name}_cells.pt", held.feature[rows], xy[rows], metadata)
-    write_atomic(out / "classes.json", json.dumps(dict(enumerate(classes)), indent=1).encode())
+    write_atomic(out / "classes.json", numbered.encode())
     count = len(np.unique(slides))
     said = f"{out}: cellvit_tokens, cell graphs of {count} slides, {len(slides)} nuclei"
     said += f"; {cache}" if cache else ""
@@ -102,6 +105,16 @@ def write(table: Path, out: Path, cfg: Tokens) -> str:
     if width not in WIDTHS:
         said += f". CellViT++ can train on {', '.join(map(str, WIDTHS))} features, not on {width}"
     return said
+
+
+def _refuse_other_classes(path: Path, numbered: str) -> None:
+    """The two halves of a data set go to one folder: a class must have one number in both."""
+    if path.is_file() and (held := path.read_text(encoding="utf-8")) != numbered:
+        before, now = (" ".join(text.split()) for text in (held, numbered))
+        raise UserError(
+            f"{path} numbers the classes {before}, but these would be {now}; give both halves the "
+            f"same tokens.classes=, or another out=."
+        )
 
 
 def _write_cache(

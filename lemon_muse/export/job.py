@@ -116,6 +116,8 @@ def _refuse(out: Path, cfg: Export) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file; give a folder.")
     own = {p.resolve() for p in (cfg.run, cfg.run and cfg.run / "encoder") if p}
+    if cfg.embedded is not None and out.resolve() == cfg.embedded.resolve():
+        raise UserError(f"out={out} is the table itself; give another folder.")
     if out.resolve() in own or any((out / name).is_dir() for name in ("encoder", "checkpoints")):
         raise UserError(f"out={out} is the folder of a run or of its encoder; give another one.")
     if (out / verify.SEAL).is_file():

@@ -15,14 +15,14 @@ The environment as built here: as in VOLTA an own encoder (of the same kind, tra
 not exported), an own projector and predictor for the cell, and weight 1. Different: the negatives
 are those of all ranks; the loss goes both ways (crop finds environment, environment finds crop),
 since keys carry no gradient here; the mask is a disc of known radius, because crops come without an
-outline of the nucleus, where VOLTA masks the segmented cell times 1.2.
+outline of the nucleus, where VOLTA masks the cell's bounding box times 1.2.
 """
 
 import math
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from lemon_muse.backbones import build
@@ -53,6 +53,18 @@ class ContextConfig(Config):
     )
     radius: float = Field(5.0, gt=0, description="environment: radius of the masked disc, µm")
     weight: float = Field(1.0, gt=0, description="environment: weight of its loss (VOLTA: 1)")
+
+    @model_validator(mode="after")
+    def _of_this_mode(self) -> "ContextConfig":
+        """Refuse what would be ignored; defaults are in the saved settings of every run."""
+        unused = {"none": ("zoom", "share", "radius", "weight"), "positive": ("radius", "weight")}
+        for name in unused.get(self.mode, ("share",)):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"'{name}' has no effect with mode={self.mode}: set method.context.mode too, "
+                    f"or leave it out."
+                )
+        return self
 
 
 class ContextViews(CropViews):

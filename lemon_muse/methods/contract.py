@@ -23,7 +23,8 @@ class Setting:
     `batch` is the global batch of one forward pass (all ranks, one accumulation part); `stored` is
     the side of a crop (or ROI) in the shards, `window` the side of what the network sees, in px at
     `mpp`. `view` and `backbone` are settings of the kinds that the method takes. `slides` is what
-    the index says of each slide, by sorted name; None where a run is opened without its shards.
+    the index says of each slide, by sorted name, with a `count` of 0 for those that the run's
+    `subset` leaves out; None where a run is opened without its shards.
     """
 
     steps: int

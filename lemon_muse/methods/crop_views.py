@@ -8,6 +8,7 @@ from lemon_muse.data import augment
 from lemon_muse.data import augment_ops as ops
 from lemon_muse.data.augment import ViewConfig
 from lemon_muse.data.stain_views import Mixture, Stains
+from lemon_muse.errors import UserError
 from lemon_muse.methods.contract import Setting
 
 
@@ -19,11 +20,13 @@ class CropViews:
             each view. A method may append further ones.
 
     Raises:
-        UserError: the view needs stains that the slides do not have.
+        UserError: the window has no place in the middle of the stored crops, or the view needs
+            stains that the slides do not have.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        _check_window(setting)
         view: ViewConfig = setting.view
         self.views: list[tuple[ViewConfig, int, int]] = [
             (view, setting.window, number) for number in (0, 1)
@@ -87,6 +90,16 @@ class CropViews:
             return None
         assert self.stains is not None, "views of other stains need the slides of the set"
         return self.stains.change(row, batch["slide"])
+
+
+def _check_window(setting: Setting) -> None:
+    if (setting.stored - setting.window) % 2:
+        parity = "odd" if setting.stored % 2 else "even"
+        raise UserError(
+            f"window={setting.window} px has no place in the middle of stored crops of "
+            f"{setting.stored} px; use an {parity} window=, as {setting.window - 1} or "
+            f"{setting.window + 1}."
+        )
 
 
 def _stained_anew(view: ViewConfig) -> bool:

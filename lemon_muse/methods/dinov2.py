@@ -14,53 +14,20 @@ from torch import nn
 
 from lemon_muse import dino, ema
 from lemon_muse.backbones import build, timm_arguments
-from lemon_muse.data.augment import ViewConfig
 from lemon_muse.encoder import Encoder
 from lemon_muse.errors import UserError
 from lemon_muse.heads import DINOHead
 from lemon_muse.masking import TokenViT, draw_masks, masked_images, patch_loss
 from lemon_muse.matching import Teacher
 from lemon_muse.methods.contract import Method, Setting
-from lemon_muse.methods.crop_views import CropViews
 from lemon_muse.methods.dinov2_config import Dinov2Config
+from lemon_muse.methods.dinov2_views import GLOBALS, Dinov2Views
 from lemon_muse.methods.muse_parts import named, verdict
 from lemon_muse.schedules import cosine, linear_warmup
 from lemon_muse.spread import kde, koleo
 
 Kind = Literal["image", "patch"]
-GLOBALS = 2
 WARM = 0.1  # share of the run after which a loss at chance is reported
-
-
-class Dinov2Views(CropViews):
-    """Two global views, then the local ones."""
-
-    def __init__(self, settings: Dinov2Config, setting: Setting) -> None:
-        super().__init__(setting)
-        if settings.global_scale:
-            self.views = [
-                (_changed(view, scale=settings.global_scale), window, number)
-                for view, window, number in self.views
-            ]
-        if settings.locals:
-            _check_local_size(settings.local_size, setting)
-        view: ViewConfig = setting.view
-        self.zoom = setting.window / settings.local_size
-        local = _changed(
-            view,
-            scale=settings.local_scale,
-            blur=(settings.local_blur, settings.local_blur),
-            shift=view.shift / self.zoom,
-        )
-        self.views += [(local, settings.local_size, 2)] * settings.locals
-
-    def draw(self, count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:
-        """As `CropViews.draw`; local views lie anywhere in the window, as in DINO."""
-        rows = super().draw(count, generator)
-        for row in rows[GLOBALS:]:
-            # Drawn within the middle `local_size` px; zoomed out they lie within the window.
-            row["theta"] = row["theta"] * self.zoom
-        return rows
 
 
 class Dinov2(Method):
@@ -286,15 +253,3 @@ def _new_head(settings: Dinov2Config, dim: int, prototypes: int) -> DINOHead:
         layers=settings.head_layers,
         norm_last=settings.norm_last,
     )
-
-
-def _changed(view: ViewConfig, **changes: Any) -> ViewConfig:
-    return ViewConfig(**{**view.model_dump(), **changes})
-
-
-def _check_local_size(size: int, setting: Setting) -> None:
-    if not size <= setting.window or (setting.stored - size) % 2:
-        raise UserError(
-            f"method.local_size={size} px must be at most window={setting.window}, and even or odd "
-            f"as the stored crops of {setting.stored} px are."
-        )

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lemon_muse.methods.contract import MethodConfig
+from lemon_muse.methods.muse_config import Temperature
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
@@ -57,7 +58,7 @@ class Dinov2Config(MethodConfig):
         0.01, description="share of the steps in which prototypes are not trained"
     )
     temperature: float = Field(0.1, gt=0, description="T of the student")
-    teacher_temperature: tuple[float, float] = Field(
+    teacher_temperature: tuple[Temperature, Temperature] = Field(
         (0.04, 0.07),
         description="T of the teacher, first and last value of a linear warm-up (runs of few steps "
         "need less, [0.02, 0.02]: their targets stay uniform else)",

@@ -18,14 +18,16 @@ from itertools import product
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lemon_muse import dino, ema
 from lemon_muse.backbones import arguments_of, build
 from lemon_muse.data import augment, roi_crops, roi_views
 from lemon_muse.data import augment_ops as ops
 from lemon_muse.encoder import encoder_of
+from lemon_muse.errors import UserError
 from lemon_muse.heads import DINOHead
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.joint_config import JointConfig
@@ -59,7 +61,7 @@ class Joint(Muse):
     def __init__(self, settings: JointConfig, setting: Setting) -> None:
         super().__init__(settings, setting)
         s = settings
-        encoder = build(s.crop_backbone, s.crop_window, seed=setting.seed + 2)
+        encoder = _build_crops(s, seed=setting.seed + 2)
         width = int(cast(int, encoder.num_features))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setting.seed + 3)
@@ -218,12 +220,23 @@ class Joint(Muse):
         return None
 
 
+def _build_crops(settings: JointConfig, *, seed: int) -> nn.Module:
+    try:
+        return build(settings.crop_backbone, settings.crop_window, seed=seed)
+    except UserError as error:
+        raise UserError(f"method.crop_backbone, window={settings.crop_window}: {error}") from None
+
+
 def _without_drops(network: nn.Module) -> nn.Module:
     """Switch off every dropping for good: a teacher's targets are of the whole network."""
-    modules: Iterable[nn.Module] = network.modules()
+    modules: Iterable[Any] = network.modules()
     for module in modules:
-        if isinstance(module, DropPath):
+        if isinstance(module, DropPath | DropBlock2d):
             module.drop_prob = 0.0
-        elif isinstance(module, nn.Dropout):
+        elif isinstance(module, PatchDropout):
+            module.prob = 0.0
+        elif isinstance(module, _DropoutNd):
             module.p = 0.0
+        elif hasattr(module, "drop_rate"):  # timm's CNNs drop features by a function, not a module
+            module.drop_rate = 0.0
     return network

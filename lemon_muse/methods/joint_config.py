@@ -49,6 +49,12 @@ class JointConfig(MuseConfig):
             )
         if self.crop_window % 2:
             raise ValueError(f"'crop_window' is {self.crop_window}, but must be even.")
+        if self.crop_backbone.inner is not None and not self.crop_view.centred:
+            raise ValueError(
+                f"'crop_backbone.inner' is {self.crop_backbone.inner}, which looks for the nucleus "
+                f"in the middle of the window, but the views of 'crop_view' move it; use "
+                f"crop_view.policy=size, or crop_view.centred=true."
+            )
         if self.crop_view.restain or self.crop_view.hed:
             raise ValueError(
                 "'crop_view' changes stains, for which a crop's slide must be known, but batches "

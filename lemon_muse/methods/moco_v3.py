@@ -164,7 +164,7 @@ def _check(settings: MoCoV3Config, setting: Setting) -> None:
     if settings.same_slide == "drop" and setting.slides is not None and len(_sizes(setting)) < 2:
         raise UserError(
             "method.same_slide=drop leaves no negatives: all nuclei of the set are of one slide; "
-            "use method.same_slide=keep, or shards of several slides."
+            "use method.same_slide=keep, or several slides (data=, subset.slides=)."
         )
     if setting.backbone.inner is not None and not setting.view.centred:
         raise UserError(

@@ -1,10 +1,13 @@
 """The settings of MUSE. Values that the paper does not state are those of the DINO reference."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lemon_muse.methods.contract import MethodConfig
+
+# 0 would divide by zero, and a negative one turn the targets round.
+Temperature = Annotated[float, Field(gt=0)]
 
 
 class MuseConfig(MethodConfig):
@@ -27,7 +30,7 @@ class MuseConfig(MethodConfig):
         0.01, ge=0, le=1, description="share of the steps in which prototypes are not trained"
     )
     temperature: float = Field(0.1, gt=0, description="T of the student")
-    teacher_temperature: tuple[float, float] = Field(
+    teacher_temperature: tuple[Temperature, Temperature] = Field(
         (0.04, 0.07), description="T of the teacher, first and last value of a linear warm-up"
     )
     warm_teacher: float = Field(

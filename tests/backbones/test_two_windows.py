@@ -160,6 +160,13 @@ def test_average_pooling_is_over_the_tokens_of_both_windows() -> None:
     assert tokens.shape == (2, 51, 48)
 
 
+def test_dropped_patches_are_dropped_in_training() -> None:
+    args = {"depth": 1, "embed_dim": 48, "patch_drop_rate": 0.5}
+    network: Any = build(SMALL.model_copy(update={"args": args}), 80, seed=0)
+    assert network.train().forward_features(windows(2)).shape == (2, 1 + 25, 48)
+    assert network.eval().forward_features(windows(2)).shape == (2, 51, 48)
+
+
 @pytest.mark.parametrize(
     ("changes", "window", "said"),
     [

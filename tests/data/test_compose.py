@@ -267,6 +267,54 @@ def test_bad_parts_are_one_clear_sentence(index: Index, table: Path, tmp_path: P
     other = open_index(write_blob_shards(tmp_path / "other", seed=1))
     write_weights(weights, Weights(np.zeros(700), np.ones(1), np.array(["a"]), {}), other)
     assert "are of another set of shards" in said(weights=weights)
+    for code, weight in ((0, -1.0), (0, np.nan), (0, np.inf), (1, 1.0), (-2, 1.0)):
+        given = Weights(np.full(700, code), np.array([weight]), np.array(["a"]), {})
+        write_weights(weights, given, index)
+        assert "below 0 or not finite, or classes without a weight" in said(weights=weights)
+    weights.write_bytes(b"")
+    assert "is no file of weights" in said(weights=weights)
+    mixed = np.random.default_rng(0).integers(0, 300, 700)
+    write_weights(weights, Weights(mixed, np.ones(300), np.arange(300).astype(str), {}), index)
+    whole = weights.read_bytes()
+    for place in range(100, 1000, 9):  # most spoil a checksum, some the compressed bytes
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 255
+        weights.write_bytes(spoilt)
+        assert "is no file of weights" in said(weights=weights), place
+
+
+def test_the_digest_is_of_what_is_chosen(index: Index, table: Path, tmp_path: Path) -> None:
+    def digest(**words: object) -> str:
+        chosen = select(index, Subset(**words))  # type: ignore[arg-type]
+        assert chosen is not None
+        return chosen.digest()
+
+    def weighed(code: np.ndarray, weight: float) -> str:
+        given = Weights(code, np.array([1.0, weight]), np.array(["a", "b"]), {})
+        write_weights(tmp_path / "w.npz", given, index)
+        return digest(weights=tmp_path / "w.npz")
+
+    code = np.arange(700) % 2
+    found = [digest(nuclei=99), digest(nuclei=100), digest(nuclei=100, seed=1), digest(slides=3)]
+    found += [weighed(code, 3.0), weighed(code, 4.0), weighed(code[::-1], 3.0)]
+    assert len(set(found)) == 7 and weighed(code, 3.0) == found[4]
+    lung = digest(organs=["lung"], table=table)
+    table.write_text(table.read_text().replace(",x", ",y"))
+    assert digest(organs=["lung"], table=table) == lung
+    table.write_text(table.read_text().replace("slide3,colon", "slide3,lung"))
+    assert digest(organs=["lung"], table=table) != lung
+
+
+def test_slides_of_blocks_that_are_gone_are_not_kept(index: Index) -> None:
+    found = batches(index, Subset(nuclei=700))
+    found.with_slides = True
+    names = np.array(list(index.slides))
+    for step in range(2 * found.order.steps_a_pass):
+        batch = found.batch_at(step)
+        np.testing.assert_array_equal(
+            names[batch["slide"]], facts(index)["slide"][batch["samples"]]
+        )
+        assert len(found.reader._slides) <= 2 * found.order.window < len(index.blocks)
 
 
 def test_a_killed_run_on_a_drawn_part_goes_on_bit_for_bit(index: Index, tmp_path: Path) -> None:
@@ -291,5 +339,11 @@ def test_a_killed_run_on_a_drawn_part_goes_on_bit_for_bit(index: Index, tmp_path
         return done.stderr
 
     assert "subset.nuclei: 200 -> 300" in again("subset.nuclei=300")
+    assert "subset.cache" not in again(f"subset.cache={tmp_path / 'other'}", "subset.slides=5")
     said = again("subset.nuclei=20")
     assert "the subset of" in said and "holds 20 nuclei, fewer than batch=32" in said
+    write_weights(
+        tmp_path / "w.npz", Weights(given.code, given.weight[::-1], given.names, {}), index
+    )
+    said = again()
+    assert "was trained on another part: the file subset.weights" in said

@@ -104,7 +104,10 @@ def test_stains_that_macenko_measures_bring_one_image_to_the_other() -> None:
     rng = np.random.default_rng(2)
     amounts = rng.gamma(2, 0.3, (400, 400, 2)) * rng.integers(0, 2, (400, 400, 2))
     images = [tissue(amounts, w) for w in pair]
-    told = {str(i): {"stain": stain.describe(im.reshape(-1, 3))} for i, im in enumerate(images)}
+    told = {
+        str(i): {"count": 1, "stain": stain.describe(im.reshape(-1, 3))}
+        for i, im in enumerate(images)
+    }
     stains = Stains(told, seed=0)
     params = {**neutral(1), "stain": stains.own[1:], "restain": torch.ones(1)}
     first, second = (torch.from_numpy(im[:STORED, :STORED])[None] for im in images)
@@ -254,6 +257,19 @@ def test_another_process_draws_the_same() -> None:
     assert len(other.weights) == 1 and len(mixture.weights) == 10
 
 
+def test_slides_of_which_a_run_reads_no_nucleus_have_no_part_in_the_fit() -> None:
+    known, seed = known_stains(20), 2**40 + 7  # seeds may be as large as torch's
+    slides = slides_of(known)
+    for name in list(slides)[:8]:
+        slides[name]["count"] = 0
+    part, alone = Stains(slides, seed=seed), Stains(slides_of(known[8:]), seed=seed)
+    assert np.array_equal(part.points, alone.points)
+    u = torch.rand(7, 50, generator=generator())
+    assert torch.equal(part.mixture(1).draw(u), alone.mixture(1).draw(u))
+    with pytest.raises(UserError, match=r"have 12 \(of 12 slides\)"):
+        part.mixture(13)
+
+
 # The contract -----------------------------------------------------------------------------------
 
 
@@ -278,6 +294,16 @@ def test_policies_leave_the_other_numbers_as_they_were() -> None:
         assert all(torch.equal(params[key], value) for key, value in drawn[0].items())
     extra = [set(params) - set(drawn[0]) for params in drawn]
     assert extra == [set(), {"stain", "restain"}, {"stain", "restain"}, {"hed"}]
+
+
+@pytest.mark.parametrize("given", [{"gaussians": 5}, {"policy": "mild", "hed_range": 0.2}])
+def test_a_number_that_nothing_uses_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="has no effect"):
+        ViewConfig.model_validate(given)
+    # a policy that is switched off, and saved settings, which hold every field
+    off = ViewConfig.model_validate({"policy": "a1+gmm10", "restain": 0})
+    for config in (off, ViewConfig(), ViewConfig(hed=0.5, hed_range=0.2)):
+        assert ViewConfig.model_validate(config.model_dump()) == config
 
 
 def test_hed_has_the_distribution_of_the_light_jitter() -> None:

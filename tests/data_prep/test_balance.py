@@ -208,6 +208,10 @@ def test_looks_are_principal_components(crops: Path, tmp_path: Path) -> None:
     words = {"data": crops, "out": tmp_path / "e.npz", "encoder": tmp_path / "e", **FAST}
     found = read_weights(run(Balance(**words, device="cpu")), index)
     assert (found.code[-10:] == -1).all()
+    assert run(Balance(**words, device="cpu")) == tmp_path / "e.npz"  # finished already
+    enc.save_encoder(enc.Encoder(build(settings, 24, seed=4), **facts), tmp_path / "e")
+    with pytest.raises(UserError, match=r"made with other settings \(encoder_hash: "):
+        run(Balance(**words, device="cpu"))
     large = enc.Encoder(build(settings, 40, seed=3), **{**facts, "image_size": 40})
     enc.save_encoder(large, tmp_path / "large")
     with pytest.raises(UserError, match=r"needs 40 px at 0\.25 µm/px, but the crops of"):
@@ -267,6 +271,16 @@ def test_bad_words_are_one_clear_sentence(
         data=crop_shards, by="type", duplicates=None, out=tmp_path / "y.npz"
     )
     assert "levels=[5, 5] must fall" in said(levels=(5, 5))
-    assert "begin with at most 990" in said(levels=(991,), out=tmp_path / "z.npz")
+    assert "begin with at most 990" in said(levels=(991,))
+    for levels in ((5, 0), (0,), (-3,)):
+        assert "end with 1 or more" in said(levels=levels)
+    # All but the tree is there: other words for it do not need it anew.
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "x.work").glob("*.np*")}
+    assert len(kept) >= 2 and "end with 1 or more" in said(levels=(9, 0), by_level=True, most=2)
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "x.work").glob("*.np*")}
+    (tmp_path / "mine.work").mkdir()
+    (tmp_path / "mine.work" / "thesis.txt").touch()
+    assert "holds something else" in said(out=tmp_path / "mine.npz")
+    assert (tmp_path / "mine.work" / "thesis.txt").is_file()
     assert "holds rois, but crops are needed" in said(data=roi_shards)
     assert "must end in .npz" in said(out=tmp_path / "x")

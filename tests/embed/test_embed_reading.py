@@ -49,6 +49,22 @@ def test_pieces_are_openslides_pixels(
         assert workers or len(reader.free) < len(todo) / 2
 
 
+def test_memory_that_another_thread_took_is_not_missed(path: Path) -> None:
+    class Racing(list[np.ndarray]):
+        """Another thread takes the last one between a look and the taking."""
+
+        def __bool__(self) -> bool:
+            return True
+
+        def __len__(self) -> int:
+            return 1
+
+    with open_slide(path) as slide:
+        reader = reading.Reader(slide, LOOK, workers=3)
+        reader.free = Racing()
+        assert reader._buffer(5).shape == (5, SIZE, SIZE, 3)
+
+
 def test_one_pass_fills_piece_after_piece(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "STRIP", 256)
     xy = np.random.default_rng(1).uniform(0, 700, (500, 2)).round(1)

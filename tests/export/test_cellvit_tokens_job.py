@@ -125,6 +125,17 @@ def test_classes_in_another_order_and_nuclei_without(
     assert held == len(rows) > len(wanted)
 
 
+def test_both_halves_of_a_folder_number_the_classes_alike(table: Path, tmp_path: Path) -> None:
+    classes = tuple(sorted({row["type"] for row in rows_of(table)}))
+    embedded.write(table, tmp_path, embedded.Tokens())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = embedded.Tokens(dataset="/d/set", model="/m/c.pth", split="val", classes=classes[::-1])
+    with pytest.raises(UserError, match="give both halves the same tokens"):
+        embedded.write(table, tmp_path, other)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    embedded.write(table, tmp_path, embedded.Tokens(classes=classes))
+
+
 def test_places_count_from_the_scanned_area() -> None:
     facts = {"a": {"bounds_x": 300, "bounds_y": 200}, "b": {"bounds_x": 0, "bounds_y": 0}}
     columns = {"x_px": np.array([310.5, 8.0]), "y_px": np.array([220.5, 9.0])}
@@ -149,6 +160,9 @@ def test_wrong_words(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     assert "there is no table" in refused("format=cellvit_tokens", "embedded=none.h5ad")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "own.zarr").mkdir()
+    own = [f"{key}={tmp_path / 'own.zarr'}" for key in ("embedded", "out")]
+    assert "is the table itself" in refused("format=cellvit_tokens", *own)
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(b"no table")
     assert "no table of lemon-muse embed" in refused("format=cellvit_tokens", f"embedded={bad}")

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from launch.study import Study, intervals, score
-from launch.study.report import Found, Line
+from launch.study.report import Found, Line, write
 from launch.study.settings import merge, trial, trials
 from launch.study.table import page
-from launch.study.work import _locked
+from launch.study.work import Queue, _locked, _reason, eval_words
 from launch.study.work import run as run_study
 from lemon_muse.config import load
 from lemon_muse.errors import UserError
@@ -97,6 +97,7 @@ def test_runs_come_seed_by_seed_and_the_reference_first() -> None:
         ({"seeds": [1, 1]}, "one seed twice"),
         ({"benchmarks": {}}, "at least one of recipes, benchmarks and seeds"),
         ({"recipes": {"a/b": {}}}, "'a/b' names files"),
+        ({"recipes": {"a.b": {}}}, "'a.b' names files"),
     ],
 )
 def test_words_that_do_not_fit(words: dict[str, Any], said: str) -> None:
@@ -112,6 +113,8 @@ def test_words_that_do_not_fit(words: dict[str, Any], said: str) -> None:
         ({"recipes": {"one": {"without": ["bath"]}}}, "without 'bath', which is no common word"),
         ({"benchmarks": {"own": {"benchmark": "floder", "root": "."}}}, "benchmark own: "),
         ({"benchmarks": {"own": {"benchmark": "folder", "root": "gone"}}}, "no folder gone"),
+        ({"probe": "knn,logstic"}, "recipe one: probe=knn,logstic is not known; there are knn, "),
+        ({"recipes": {"one": {"eval": {"windw": 3}}}}, "recipe one: unknown key 'windw'"),
     ],
 )
 def test_mistakes_stop_a_study_before_it_trains(
@@ -128,13 +131,14 @@ def test_mistakes_stop_a_study_before_it_trains(
 def test_every_study_that_ships_loads_with_all_its_recipes(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "lemon-muse study study/" in text.split("\n\n")[0]
-    cfg = load(Study, [f"study/{path.name}", "data=crops", "recipes.joint.data=rois"])
+    joint = ["recipes.joint.data=rois"] if "\n  joint:" in text else []
+    cfg = load(Study, [f"study/{path.name}", "data=crops", *joint])
     found = trials(cfg)
-    assert len(found) == len(cfg.recipes) * len(cfg.seeds) >= 15 * 3
-    budgets = {one.recipe: one.train.steps * one.train.batch for one in found}
-    budgets.pop("joint")  # its batch is of ROIs, each with up to `crops_per_roi` nuclei
-    assert len(set(budgets.values())) == 1
-    assert cfg.base == "a1+gray"
+    assert len(found) == len(cfg.recipes) * len(cfg.seeds) >= 6 * 3
+    # A batch of joint training is of ROIs, each with up to `crops_per_roi` nuclei.
+    each = {one.recipe: getattr(one.train.method, "crops_per_roi", 1) for one in found}
+    budgets = {one.train.steps * one.train.batch * each[one.recipe] for one in found}
+    assert len(budgets) == 1 and cfg.reference in cfg.recipes
 
 
 def test_the_table_marks_what_excludes_zero() -> None:
@@ -152,6 +156,38 @@ def test_the_table_marks_what_excludes_zero() -> None:
     assert "| one | 1 | 0.500 [0.400, 0.600] |" in text
     assert "**+0.100 [+0.060, +0.140]**" in text and "**" + "\N{MINUS SIGN}0.050" not in text
     assert "- four-0: train: broken" in text and "80 nuclei of 4 patients" in text
+
+
+def test_what_has_no_predictions_of_classes_is_said_to_be_left_out(tmp_path: Path) -> None:
+    marks = {"genes": {"benchmark": "hest", "root": "hest"}}
+    cfg = study(benchmarks=marks, out=tmp_path, seeds=[0, 1])
+    for one in trials(cfg, ["one"]):
+        (one.folder / "encoder").mkdir(parents=True)
+        about = {"lemon_muse": {"content_hash": "c0"}}
+        (one.folder / "encoder" / "config.json").write_text(json.dumps(about))
+        row = {"encoder": one.name, "probe": "ridge", "metric": "pearson", "value": 0.2}
+        floor = {**row, "encoder": "floor:colour", "probe": "floors_only"}
+        task = {"hash": "c0", "jobs": eval_words(cfg, one), "rows": {"genes": [row, floor]}}
+        one.beside(".rows.json").write_text(json.dumps(task))
+    text = write(cfg, trials(cfg), {}).read_text()
+    assert text.count("genes, ridge: not in a table") == 1 and "results.jsonl" in text
+    assert "floors_only" not in text
+
+
+def test_the_reason_is_that_of_the_last_process(tmp_path: Path) -> None:
+    cfg = study(out=tmp_path)
+    (one,) = trials(cfg, ["one"])[:1]
+    one.folder.parent.mkdir(parents=True)
+    one.beside(".log").write_text("lemon-muse: the disk was full.\n")
+    lock = _locked(one.beside(".lock"))
+    assert lock is not None
+    process = Queue(cfg, [one])._process(one, lock, "launch.no_such_job")
+    assert process.wait() == 1
+    os.close(lock)
+    assert _reason(one, "train", 1).startswith("train: ended with code 1")
+    with one.beside(".log").open("a") as log:
+        log.write("lemon-muse: the loss is not finite.\n")
+    assert "train: the loss is not finite (see" in _reason(one, "train", 1)
 
 
 def test_a_benchmark_that_fails_leaves_the_rows_of_the_others(tmp_path: Path) -> None:

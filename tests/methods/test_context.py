@@ -238,6 +238,42 @@ def test_the_environment_loss_is_a_plain_loop() -> None:
 def test_what_does_not_fit_is_said(changes: dict, stored: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
         ContextViews(ContextConfig(**changes), told(ViewConfig(), stored=stored))
-    if "radius" not in changes:
+    if changes.get("radius", 5) == 5:
         size = int(said.split("size=")[1].rstrip("'"))
         ContextViews(ContextConfig(**changes), told(ViewConfig(), stored=size))
+
+
+@pytest.mark.parametrize("window", [39, 41])
+def test_a_window_without_a_middle_is_refused_before_the_run_begins(window: int) -> None:
+    with pytest.raises(UserError, match=r"crops of 128 px; use an even window=, as"):
+        CropViews(told(window=window))
+    CropViews(told(window=window, stored=127))
+    with pytest.raises(UserError, match=r"crops of 127 px; use an odd window=, as 39 or 41"):
+        CropViews(told(stored=127))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"zoom": 3},
+        {"share": 0.2},
+        {"mode": "positive", "radius": 4},
+        {"mode": "environment", "share": 0.2},
+    ],
+)
+def test_what_the_mode_does_not_use_is_refused(given: dict) -> None:
+    with pytest.raises(ValueError, match="has no effect with mode="):
+        ContextConfig.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "positive", "zoom": 3, "share": 0.2},
+        {"mode": "environment", "zoom": 3, "radius": 4, "weight": 2},
+        {},
+    ],
+)
+def test_saved_surroundings_are_read_again(given: dict) -> None:
+    config = ContextConfig.model_validate(given)
+    assert ContextConfig.model_validate(config.model_dump()) == config

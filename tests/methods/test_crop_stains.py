@@ -143,6 +143,25 @@ def test_too_few_slides_are_refused(
     assert not out.exists()
 
 
+def test_the_gaussians_are_those_of_the_subset(
+    stained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of few slides must not know the stains of the others."""
+    part = ["subset.slides=5", f"subset.cache={tmp_path / 'cache'}"]
+    cfg = load(Train, [*words(stained, tmp_path / "run", "a1+gmm1"), *part])
+    index = cfg.open_data()
+    loop = Loop(cfg, index, torch.device("cpu"), None)
+    chosen = loop.batches.order.chosen
+    assert chosen is not None and chosen.slides is not None and chosen.slides.sum() == 5
+    mine = [name for name, yes in zip(index.slides, chosen.slides, strict=True) if yes]
+    wanted = known_stains(14)[[int(name[5:]) for name in mine if name != "slide05"]]
+    strengths = np.log(np.linalg.norm(wanted, axis=-1))
+    found = loop.method.views.stains.points[:, 4:]  # type: ignore[union-attr]
+    np.testing.assert_allclose(found, strengths, atol=1e-4)
+    assert cli.main(["train", *words(stained, tmp_path / "run", "a1+gmm10"), *part]) == 2
+    assert "(of 5 slides)" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_the_light_jitter_needs_no_stains(crop_shards: Path, tmp_path: Path) -> None:
     cfg = load(Train, words(crop_shards, tmp_path / "run", "a1+hed"))
     loop = Loop(cfg, cfg.open_data(), torch.device("cpu"), None)
@@ -157,4 +176,6 @@ def test_muse_has_no_such_policy(
 ) -> None:
     named = ["method.name=muse", "view.policy=a1+gmm10", f"data={roi_shards}"]
     assert cli.main(["train", *named, f"out={tmp_path / 'run'}"]) == 2
-    assert "unknown key 'view.policy'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown key 'view.policy': method.name=muse has no such key" in said
+    assert "method.name=moco_v3 or dinov2;" in said and "did you mean" not in said

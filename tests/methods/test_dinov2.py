@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from lemon_muse import dino
@@ -138,6 +139,33 @@ def test_a_local_view_is_a_crop_of_anywhere_in_the_window(
     found = torch.tensor(corners)
     assert found.min() >= 4 - 1e-4 and found.max() <= 28 + 1e-4  # the central 24 px, all of them
     assert found[:, 0].min() < 5.5 and found[:, 2].max() > 26.5
+
+
+def test_a_local_view_beyond_the_stored_crop_is_mirrored(crop_shards: Path, tmp_path: Path) -> None:
+    """As global ones are: moved by up to 4 px and turned, both reach beyond crops of 32 px."""
+    plain = "view={shift: 4, jitter: 0, gray: 0, blur: [0, 0], erase: 0}"
+    loop = open_loop(crop_shards, tmp_path, plain, "method.local_blur=0", "method.locals=8")
+    method, batch = method_of(loop), a_batch(loop)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loop.setting.mean, loop.setting.std))
+    stored, beyond = batch["pixels"].permute(0, 3, 1, 2).float() / 255, 0
+    for view, row in zip(method.views.make(batch), batch["views"], strict=False):
+        grid = F.affine_grid(row["theta"], list(view.shape), align_corners=False)
+        found = [
+            F.grid_sample(stored, grid, padding_mode=mode, align_corners=False)
+            for mode in ("reflection", "border")
+        ]
+        torch.testing.assert_close(view * std + mean, found[0], rtol=0, atol=1e-4)
+        beyond += view.shape[-1] == 16 and bool((found[0] - found[1]).abs().max() > 0.05)
+    assert beyond > 0
+
+
+def test_local_views_lie_anywhere_also_where_global_ones_are_centred(
+    crop_shards: Path, tmp_path: Path
+) -> None:
+    loop = open_loop(crop_shards, tmp_path, "view={policy: size, shift: 0, hflip: 0}")
+    rows = method_of(loop).draw(200, torch.Generator().manual_seed(0))
+    apart = [(row["theta"][:, :, 2] * 16).norm(dim=1).max() for row in rows[:4]]
+    assert max(apart[:2]) < 1e-5 and min(apart[2:]) > 5
 
 
 def test_masks_come_last_and_views_do_not_depend_on_them(crop_shards: Path, tmp_path: Path) -> None:
@@ -328,6 +356,7 @@ def test_collapses_are_reported(crop_shards: Path, tmp_path: Path) -> None:
         ),
         (["backbone.pool=avg"], "set backbone.pool=token"),
         (["method.local_scale=[0.3, 0.1]"], "give the smaller number first"),
+        (["method.teacher_temperature=[0, 0.04]"], "is 0: input should be greater than 0"),
         (["method={image_weight: 0, mask_share: 0}"], "nothing would be learnt"),
     ],
 )

@@ -149,6 +149,22 @@ def test_every_choice_trains_all_that_is_trainable(
     assert not any(drops)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{name: resnet10t, args: {drop_rate: 0.5, channels: [8, 8, 16, 16], stem_width: 8}}",
+        "{name: vit_tiny, patch: 4, heads: 2, "
+        "args: {depth: 1, embed_dim: 32, patch_drop_rate: 0.5}}",
+    ],
+)
+def test_only_the_student_of_the_crops_drops(words: str, roi_shards: Path, tmp_path: Path) -> None:
+    """Also what timm drops by a function in its forward pass, and patches."""
+    method = joint_of(joint_loop(roi_shards, tmp_path, f"method.crop_backbone={words}")).train()
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    student, teacher = (nets["crop_backbone"] for nets in (method.student, method.teacher))
+    assert torch.equal(teacher(x), teacher(x)) and not torch.equal(student(x), student(x))
+
+
 def test_one_space_teachers_equal_students_and_one_weight(method: Joint) -> None:
     for method_ in (method, copy.deepcopy(method)):
         for nets in (method_.student, method_.teacher):

@@ -154,6 +154,11 @@ def test_the_online_probe_is_of_the_encoder_that_is_exported(
         (["method.crop_mpp=2"], "The crops' views need 256 px of a ROI around a nucleus"),
         (["method.crop_view.hed=0.5"], "take another policy"),
         (["method.crop_backbone={name: vit_tiny, patch: 7}"], "does not divide"),
+        (["method.crop_backbone={name: nonsense}"], "method.crop_backbone, window=16: "),
+        (
+            ["method.crop_backbone={name: vit_tiny, patch: 8, inner: 8}"],
+            "'crop_backbone.inner' is 8, which looks for the nucleus in the middle",
+        ),
         (["method.export=teacher"], "'method.export' is 'teacher'"),
         (["init=nowhere"], "unknown key 'init'"),
     ],

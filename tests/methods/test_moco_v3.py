@@ -194,6 +194,20 @@ def test_any_timm_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "patch"),
+    [("vit_tiny_patch16_224", 16), ("vit_small_r26_s32_224", None), ("vit_tiny", 8)],
+)
+def test_saved_settings_build_the_same_network(name: str, patch: int | None) -> None:
+    """A checkpoint keeps every field, also those that the user left to timm."""
+    given = Backbone(name=name)
+    again = Backbone.model_validate(given.model_dump())
+    assert timm_arguments(again, 96) == timm_arguments(given, 96)
+    if patch:
+        assert build(again, 96, seed=0).patch_embed.patch_size == (patch, patch)
+    assert timm_arguments(Backbone(name=name, patch=4), 96)[1]["patch_size"] == 4
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         (Backbone(patch=7), r"patch=7 does not divide window=40; use one of"),

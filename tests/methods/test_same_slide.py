@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from launch import cli
 from lemon_muse import losses
+from lemon_muse.config import load
 from lemon_muse.data.augment import ViewConfig
 from lemon_muse.data.shards import open_index
 from lemon_muse.data.writer import ShardWriter
 from lemon_muse.errors import UserError
 from lemon_muse.methods.contract import Setting
 from lemon_muse.methods.moco_v3 import MoCoV3, MoCoV3Config
+from lemon_muse.recipe import Train
 from tests import distributed_worker as worker
 from tests.conftest import blob_columns, blobs
 from tests.methods.test_context import SMALL
@@ -122,6 +125,26 @@ def test_chance_is_that_of_equal_features_in_random_batches() -> None:
 def test_a_set_of_one_slide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="all nuclei of the set are of one slide"):
         make({"a": {"count": 5}, "b": {"count": 0}})
+
+
+def test_a_subset_of_one_slide_is_refused(
+    crop_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss would be 0 at every step, and nothing would be learnt."""
+    words = [f"data={crop_shards}", f"out={tmp_path / 'run'}", "method.same_slide=drop", "steps=2"]
+    words += ["batch=16", "window=16", "device=cpu", "workers=0", "method.hidden=16"]
+    words += [f"subset.cache={tmp_path / 'cache'}"]
+    assert cli.main(["train", *words, "subset.slides=1"]) == 2
+    assert "all nuclei of the set are of one slide" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # chance is that of the slides that are read
+    cfg = load(Train, [*words, "subset.slides=2"])
+    index = cfg.open_data()
+    counts = sorted(slide["count"] for slide in (cfg.setting(index).slides or {}).values())
+    assert (
+        counts == [0, 0, 0, 0, 0, 100, 100]
+        and sum(slide["count"] for slide in index.slides.values()) == 700
+    )
 
 
 def test_the_index_counts_nuclei_as_the_method_reads_them(tmp_path: Path) -> None:
