@@ -133,6 +133,13 @@ def test_every_recipe_trains(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert {"loss_image", "loss_patch", "spread"} <= rows[0].keys()
+    newest = max((out / "checkpoints").glob("*.pt"))
+    weights = {}
+    for network in ("recipe", "teacher", "student"):
+        words = [f"checkpoint={newest}", f"network={network}", f"out={tmp_path / network}"]
+        assert cli.main(["export", *words]) == 0
+        weights[network] = (tmp_path / network / "model.safetensors").read_bytes()
+    assert weights["recipe"] == weights["teacher"] != weights["student"]
     encoder = load(out / "encoder")
     assert encoder(torch.zeros(1, 3, 24, 24)).shape == (1, 48)
 
