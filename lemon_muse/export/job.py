@@ -27,8 +27,8 @@ class Export(Config):
     checkpoint: Path | None = Field(None, description="a checkpoint file of a run, instead of run=")
     network: Literal["recipe", "query", "momentum", "teacher", "student", "crop", "dense"] = Field(
         "recipe",
-        description="with checkpoint=: which encoder: query or momentum (moco_v3), teacher or student "
-        "(dinov2, muse), crop or dense (joint); recipe = as configured",
+        description="with checkpoint=: which encoder: query or momentum (moco_v3), teacher or "
+        "student (dinov2, muse), crop or dense (joint); recipe = as configured",
     )
     embedded: Path | None = Field(
         None, description="a table of lemon-muse embed, instead of run=, for format=cellvit_tokens"
