@@ -2,7 +2,8 @@
 
 DATA is a folder of images with nuclei (BRCA-M2C). Prints and writes to OUT/gpu.json: the LEMON step
 (ViT-S/8, batch 4096, bf16, compile) for SECONDS (default 600): crops/s, data wait, peak memory,
-the same step fed by torchvision in DataLoader workers; the probe table of the trained encoder. Then
+the same step fed by torchvision in DataLoader workers; steps of all recipes of the studies, small;
+the probe table of the trained encoder. Then
 the MUSE step (ViT-S/16, 2 x 224 + 8 x 96 px): its rows, SECONDS of training, its probe table.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from launch import cli
-from tests.performance import muse, training
+from tests.performance import muse, recipes, training
 from tests.performance.__main__ import line
 
 
@@ -23,6 +24,7 @@ def main(data: Path, out: Path, seconds: float) -> int:
         return 2
     rows = training.run(seconds=60.0)
     rate = rows[0]["ours"]
+    rows += recipes.run()
     for row in rows:
         print(line(row), flush=True)
     crops, run = out / "crops", out / "run"
