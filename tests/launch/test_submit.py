@@ -194,6 +194,8 @@ def test_a_local_run_that_is_interrupted_leaves_no_process_and_says_so(
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background ignores Ctrl-C for all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         end = time.monotonic() + 240
