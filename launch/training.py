@@ -12,9 +12,6 @@ from lemon_muse.train import run as train
 
 __all__ = ["Train", "run"]
 
-# Methods whose encoder has a map that is read at nuclei.
-DENSE = ("muse",)
-
 
 def run(cfg: Train) -> Path:
     """Train, and say where the encoder is."""
@@ -31,11 +28,12 @@ def online_probe(cfg: Train) -> Probe | None:
     from eval.online import online_probe as build
 
     method: Any = cfg.method
-    dense = method.name in DENSE or getattr(method, "export", "") == "dense"
+    # Whether the encoder has a map that is read at nuclei.
+    dense = method.name == "muse" or getattr(method, "export", "") == "dense"
     if not dense and (cfg.probe.window or cfg.probe.mpp):
         raise UserError(
-            f"probe.window and probe.mpp are for {' and '.join(DENSE)}: the probe of "
-            f"{cfg.method.name} takes the window and the mpp of the crops."
+            f"probe.window and probe.mpp are for muse and joint's dense network: the probe of "
+            f"{method.name} takes the window and the mpp of the crops."
         )
     return build(
         cfg.probe.benchmark,

@@ -18,6 +18,7 @@ from lemon_muse.export.program import (
     facts_of,
     output_names,
     outputs,
+    reason_of,
     trace,
 )
 from lemon_muse.frozen import FrozenEncoder
@@ -89,12 +90,9 @@ def _graph(encoder: FrozenEncoder) -> bytes:
             output_names=output_names(encoder),
         )
     except Exception as error:  # it raises errors of many kinds
-        reason = next(
-            (s.strip() for s in str(error).split("\n") if s.strip()), type(error).__name__
-        )
         raise UserError(
-            f"format=onnx: an operator of {encoder.name} has no ONNX form ({reason[:200]}); use "
-            f"format=pt2 or format=timm."
+            f"format=onnx: an operator of {encoder.name} has no ONNX form ({reason_of(error)}); "
+            f"use format=pt2 or format=timm."
         ) from None
     finally:
         log.setLevel(level)

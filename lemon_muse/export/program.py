@@ -45,13 +45,16 @@ def trace(encoder: FrozenEncoder, what: str) -> torch.export.ExportedProgram:
                 strict=isinstance(encoder, DenseEncoder),
             )
     except Exception as error:  # it raises errors of many kinds
-        reason = next(
-            (s.strip() for s in str(error).split("\n") if s.strip()), type(error).__name__
-        )
         raise UserError(
             f"{what}: torch.export does not support the network of {encoder.name} "
-            f"({reason[:200]}); use format=timm."
+            f"({reason_of(error)}); use format=timm."
         ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of torch's exporters, which fill pages, at most 200 letters."""
+    lines = (line.strip() for line in str(error).split("\n"))
+    return next((line for line in lines if line), type(error).__name__)[:200]
 
 
 def output_names(encoder: FrozenEncoder) -> list[str]:
